@@ -1,4 +1,4 @@
-"""What a model has to beat, for any data set: popularity, and gradient-boosted trees on the same rows and features."""
+"""Baselines of a model: popularity, and gradient-boosted trees on the same rows and features."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,10 +34,16 @@ def measure_baselines(
     evaluated: Results | None = None,
     name: str = "model",
 ) -> Results:
-    """Trains them on the training rows, measures them on the test rows, and writes a report to a folder.
+    """Train the baselines, measure them on the test rows, and write a report.
 
-    evaluated: a model on the same rows, which is compared with them, under its name. Raises UserError where there are
-    no rows of a split, or a task can't be learnt.
+    Args:
+        settings: Settings of the features.
+        out: Folder for the report.
+        evaluated: Results of a model on the same rows, to compare with.
+        name: Name of this model in the report.
+
+    Raises:
+        UserError: A split has no rows, or a task has too few labels.
     """
     check_output_folder(out, settings)
     with (
@@ -46,18 +52,17 @@ def measure_baselines(
     ):
         scored, trees = _predict(settings, prepared)
         models = {} if evaluated is None else {name: evaluated.first}
-        models |= {each: measure_model(rows, settings.evaluation.resamples) for each, rows in scored.items()}
+        models |= {baseline: measure_model(rows, settings.evaluation.resamples) for baseline, rows in scored.items()}
         facts = ({"log": settings.data.log} if evaluated is None else evaluated.facts) | trees
         title = f"Baselines of {settings.name}"
-        rules = settings.evaluation.model_copy(update={"guardrail_slices": ()})  # no slices of baselines are measured
+        rules = settings.evaluation.model_copy(update={"guardrail_slices": ()})  # slices of baselines aren't measured
         results = Results(models, tuple(settings.tasks), rules, title, facts)
         write_results(results, out)
     return results
 
 
 def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, PredictedRows], dict[str, str]]:
-    """The baselines' predictions of the test rows, and what trees of each task selecting rows chose; without
-    candidates, none is more popular than another."""
+    """Predict the test rows, and describe the chosen trees. Popularity needs a column of candidates."""
     layout = ModelLayout.of(prepared.layout, settings)
     train_rows, held_out = read_tree_inputs(settings, prepared, layout)
     boosted, facts = fit_trees_per_task(settings, layout, train_rows, held_out)
@@ -74,21 +79,27 @@ def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, Pre
         rates = [
             fit_target_encoding(train_rows.column("candidate"), of, train_rows.weights) for of in train_rows.labels.T
         ]
-        own, rated = (
-            np.stack([rate(each) for rate in rates], 1) for each in (held_out.column("candidate"), rows.candidates)
+        held_out_rates, test_rates = (
+            np.stack([rate(ids) for rate in rates], 1) for ids in (held_out.column("candidate"), rows.candidates)
         )
-        scored[POPULARITY_BASELINE] = score(_calibrate(settings, layout, held_out, own, rated))
+        scored[POPULARITY_BASELINE] = score(_calibrate(settings, layout, held_out, held_out_rates, test_rates))
     return scored, facts
 
 
 def read_tree_inputs(settings: Settings, prepared: FeatureFolder, layout: Layout) -> tuple[TreeInputs, TreeInputs]:
-    """The last training rows, from which trees learn, and the last validation rows that select."""
+    """Read the last training rows and the last selection rows.
+
+    Args:
+        settings: Settings of the features.
+        prepared: Features.
+        layout: Layout of the inputs.
+    """
     weighted = settings.training.sampling_correction == "weights"
     train = EncodedDataset(prepared.split("train"), layout)
-    selecting = EncodedDataset(prepared.split("validation"), layout, part=ValidationPart.SELECTION)
+    selection = EncodedDataset(prepared.split("validation"), layout, part=ValidationPart.SELECTION)
     train_rows, held_out = (
         TreeInputs.read(rows, layout, ("candidate", "time", *rows.weight_columns(weighted)))
-        for rows in (train, selecting)
+        for rows in (train, selection)
     )
     if len(train_rows.labels) < train.rows:
         say(f"the baselines learn from the last {len(train_rows.labels):,} of {train.rows:,} training rows")
@@ -98,41 +109,67 @@ def read_tree_inputs(settings: Settings, prepared: FeatureFolder, layout: Layout
 def fit_trees_per_task(
     settings: Settings, layout: Layout, train_rows: TreeInputs, held_out: TreeInputs
 ) -> tuple[list[Predictor], dict[str, str]]:
-    """The trees of all tasks, and what selecting rows chose. Raises UserError where a task can't be learnt."""
+    """Fit the trees of all tasks, and print the choice of the selection rows.
+
+    Args:
+        settings: Settings of the training.
+        layout: Layout with the tasks.
+        train_rows: Training rows.
+        held_out: Selection rows.
+
+    Returns:
+        A predictor for each task, and facts about the trees for the report.
+
+    Raises:
+        UserError: A task has too few labels.
+    """
     facts, boosted = dict[str, str](), list[Predictor]()
     for index, task in enumerate(layout.tasks):
-        known = train_rows.select_task(index), held_out.select_task(index)
+        task_rows = train_rows.select_task(index), held_out.select_task(index)
         try:
-            predict, told = fit_boosted_trees(task.kind, *known, settings.training.seed)
+            predict, choice = fit_boosted_trees(task.kind, *task_rows, settings.training.seed)
         except UserError as error:
-            raise UserError(f"no baseline can learn task '{task.name}': {error}") from None
+            raise UserError(f"no baseline can be trained for task '{task.name}': {error}") from None
         boosted.append(predict)
-        facts[f"{TREES_BASELINE} of {task.name}"] = told
-        say(f"  {TREES_BASELINE} of {task.name}: {told}")
+        facts[f"{TREES_BASELINE} of {task.name}"] = choice
+        say(f"  {TREES_BASELINE} of {task.name}: {choice}")
     return boosted, facts
 
 
 def predict_calibrated(
     settings: Settings, layout: Layout, trees: Sequence[Predictor], held_out: TreeInputs, rows: EncodedDataset
 ) -> np.ndarray:
-    """(N, T) what trees of all tasks predict for encoded rows, calibrated by the rows that are held out."""
+    """Predict encoded rows with the trees of all T tasks, calibrated on the selection rows.
+
+    Args:
+        settings: Settings of the training.
+        layout: Layout with the tasks.
+        trees: A predictor for each task.
+        held_out: Selection rows.
+        rows: N encoded rows to predict.
+
+    Returns:
+        Predictions, shape (N, T).
+    """
 
     def predict(part: TreeInputs) -> np.ndarray:
-        return np.stack([each(part) for each in trees], axis=1)
+        return np.stack([task_trees(part) for task_trees in trees], axis=1)
 
     predicted = np.concatenate([predict(part) for part in TreeInputs.iter_chunks(rows, layout, ())])
     return _calibrate(settings, layout, held_out, predict(held_out), predicted)
 
 
 def _calibrate(
-    settings: Settings, layout: Layout, held_out: TreeInputs, own: np.ndarray, values: np.ndarray
+    settings: Settings, layout: Layout, held_out: TreeInputs, held_out_values: np.ndarray, values: np.ndarray
 ) -> np.ndarray:
-    """Predictions (M, T), calibrated by those of the validation rows, `own` (N, T), as a model's are."""
+    """Calibrate predictions (M, T) with the predictions of the selection rows (N, T), as a model is calibrated."""
     if settings.training.calibration == "none":
         return values
     kinds, names = [task.kind for task in layout.tasks], [task.name for task in layout.tasks]
-    own_logits, logits = (predictions_to_logits(torch.from_numpy(each), kinds) for each in (own, values))
+    held_out_logits, logits = (
+        predictions_to_logits(torch.from_numpy(array), kinds) for array in (held_out_values, values)
+    )
     times = held_out.column("time").cast(pa.int64()).to_numpy()
-    known = held_out.labels, held_out.weights, times
-    found, _ = fit_calibration(settings.training.calibration, layout.tasks, own_logits.numpy(), *known)
-    return predictions(found.apply(logits, names), kinds).numpy()
+    observed = held_out.labels, held_out.weights, times
+    calibration, _ = fit_calibration(settings.training.calibration, layout.tasks, held_out_logits.numpy(), *observed)
+    return predictions(calibration.apply(logits, names), kinds).numpy()

@@ -1,4 +1,4 @@
-"""Gradient-boosted trees (LightGBM); selecting rows choose what they see, their size and their number."""
+"""Gradient-boosted trees (LightGBM). The selection rows choose their inputs, their size and their number."""
 
 from __future__ import annotations
 
@@ -22,28 +22,31 @@ if TYPE_CHECKING:
 
 CHUNK_ROWS = 65_536
 MAX_ROWS, MAX_VALUES = 2_000_000, 200_000_000
-"""Rows, and values of their inputs, that are held in memory for training or validation; of more, the last ones."""
+"""Maximum numbers of rows and of input values in memory, for training and for validation. The last rows are kept."""
 MAX_TREES, EARLY_STOPPING_ROUNDS, DEFAULT_TREES = 1000, 30, 100
-"""Trees of a kind; those that are tried without a lower loss on validation rows; and trees where none say so."""
+"""Maximum number of trees, trees without a lower validation loss before growing stops, and the number of trees without
+validation rows."""
 SMALL_DATA_ROWS = 500_000
-"""Training rows up to which trees learn at half the rate, which takes twice as many, and in all sizes: with more, both
+"""Maximum number of training rows for half the learning rate and for a choice between all sizes. With more rows, both
 gain little."""
 MAX_CATEGORIES = 300
-"""Ids of a feature up to which LightGBM splits them into any two sets."""
+"""Maximum number of IDs of a feature that LightGBM treats as a category."""
 MIN_COLUMNS_PER_TREE = 8
-"""That a tree of LightGBM looks at, where there are as many."""
+"""Minimum number of columns of a tree, if there are enough columns."""
 SMOOTHING_ROWS = 20.0
-"""Rows of the mean over all that are added to those of each candidate, or each id."""
+"""Weight of the overall mean in the smoothed mean of a candidate or an ID, in rows."""
 TARGET_ENCODING_FOLDS = 5
 LEAF_COUNTS = (31, 63, 127)
-"""Leaves of a tree that are tried, the usual number first."""
+"""Numbers of leaves to choose from. The first is the default."""
 
-Predictor = Callable[["TreeInputs"], np.ndarray]  # rows -> (N,) float64, probabilities or values
-InputView = Callable[["TreeInputs"], np.ndarray]  # rows -> (N, F), what trees see of them
+Predictor = Callable[["TreeInputs"], np.ndarray]
+"""Function from rows to predictions, shape (N,), float64."""
+InputView = Callable[["TreeInputs"], np.ndarray]
+"""Function from rows to the inputs of trees, shape (N, F)."""
 
 
 def _fit(kind: TaskKind, train: TreeInputs, held_out: TreeInputs | None, leaves: int, seed: int) -> tuple[Booster, int]:
-    """Grow trees, and return them with the number of them that count when they predict."""
+    """Grow trees, and return them with the number of trees to predict with."""
     learning_rate = 0.05 if len(train.labels) <= SMALL_DATA_ROWS else 0.1
     max_trees = DEFAULT_TREES if held_out is None else MAX_TREES
     booster = train_lightgbm(kind, train, held_out, leaves, seed, learning_rate, max_trees)
@@ -59,9 +62,20 @@ def train_lightgbm(
     learning_rate: float,
     max_trees: int,
 ) -> Booster:
-    """Trees of LightGBM; `best_iteration` of them lose least on the rows that are held out, if any are. rate: of
-    learning. It holds labels in float32, so those of a regression should have a mean of about 0. Each tree looks at
-    two fifths of the columns, which loses less than half of them at each split, in half of the time."""
+    """Grow trees with LightGBM. `best_iteration` is the number of trees with the lowest loss on the held-out rows.
+
+    Each tree reads two fifths of the columns. This has a lower loss than half of the columns at each split, in half of
+    the time. LightGBM stores labels in float32, so labels of a regression should have a mean of about 0.
+
+    Args:
+        kind: Kind of the task.
+        train: Training rows of the task.
+        held_out: Selection rows of the task, None to grow all trees.
+        leaves: Maximum number of leaves of a tree.
+        seed: Seed of the columns of each tree.
+        learning_rate: Learning rate.
+        max_trees: Maximum number of trees.
+    """
     import lightgbm
 
     width = train.x.shape[1]
@@ -75,40 +89,50 @@ def train_lightgbm(
         "cat_l2": 20,
         "seed": seed,
         "deterministic": True,
-        "force_col_wise": True,  # else the way that is faster at the moment is taken
+        "force_col_wise": True,  # otherwise LightGBM times both methods, and the result depends on the faster one
         "verbosity": -1,
     }
-    categories, own = [each for each in train.categories if each < width], {}
+    categories, options = [column for column in train.categories if column < width], {}
     rows = lightgbm.Dataset(train.x, train.labels, weight=train.weights, categorical_feature=categories)
     if held_out is not None:
         validation = rows.create_valid(held_out.x, held_out.labels, weight=held_out.weights)
-        own = {"valid_sets": [validation], "callbacks": [lightgbm.early_stopping(EARLY_STOPPING_ROUNDS, verbose=False)]}
-    return lightgbm.train(settings, rows, max_trees, **own)
+        stop = lightgbm.early_stopping(EARLY_STOPPING_ROUNDS, verbose=False)
+        options = {"valid_sets": [validation], "callbacks": [stop]}
+    return lightgbm.train(settings, rows, max_trees, **options)
 
 
 def fit_boosted_trees(
     kind: TaskKind, train: TreeInputs, validation: TreeInputs, seed: int = 0
 ) -> tuple[Predictor, str]:
-    """The trees with the lowest validation loss, or the mean of those of the two best views; and what was
-    chosen, in words.
+    """Grow trees on several views of the inputs, and choose the view or the mean of the two best views.
 
-    An id is its number in the vocabulary, where the most frequent ones come first, or a category where there are at
-    most `MAX_CATEGORIES`. kind: of the task; train, validation: its rows, as `TreeInputs.select_task` gives them; seed:
-    of the columns that a split looks at. The logloss, or squared error, of validation rows also says how many trees
-    count; where these lack labels, TREES_UNCHOSEN of the first view do. Raises UserError where no label is observed, of
-    a binary task one class only, or no input is left.
+    The validation loss chooses the view, the size and the number of trees. Without labels in the validation rows, the
+    first view has `DEFAULT_TREES` trees. A feature's ID is its number in the vocabulary, which is sorted by frequency.
+    With at most `MAX_CATEGORIES` IDs, it is a category.
+
+    Args:
+        kind: Kind of the task.
+        train: Training rows of the task, from `TreeInputs.select_task`.
+        validation: Validation rows of the task.
+        seed: Seed of the columns of each tree.
+
+    Returns:
+        The predictor, and a description of the choice.
+
+    Raises:
+        UserError: No label is observed, a binary task has one class only, or there is no input.
     """
     classes = np.unique(train.labels)
     if len(classes) == 0:
-        raise UserError("no training row has an observed label; expected at least one")
+        raise UserError("no training row has an observed label. Trees need at least one.")
     if kind.is_binary and not np.array_equal(classes, [0, 1]):
-        raise UserError(f"the observed training labels are {classes[:5].tolist()}; expected both 0 and 1")
+        raise UserError(f"the observed training labels are {classes[:5].tolist()}, but trees need both 0 and 1.")
     held_out = validation if len(np.unique(validation.labels)) >= 1 + kind.is_binary else None
     if not train.x.shape[1]:
-        raise UserError("trees have no input: all features describe placement, or are lists of ids")
-    middle, scale = kind.label_mean_and_std(train.labels)
-    # Labels in float32, as LightGBM holds them, would lose small differences beside a large mean.
-    train = replace(train, labels=(train.labels - middle) / scale)
+        raise UserError("trees have no input, because all features have the role placement or are lists of IDs")
+    mean, std = kind.label_mean_and_std(train.labels)
+    # LightGBM stores labels in float32, which loses small differences if the mean is large.
+    train = replace(train, labels=(train.labels - mean) / std)
     choices, losses = dict[str, Predictor](), dict[str, float]()
 
     def measure_loss(predict: Predictor) -> float:
@@ -116,38 +140,39 @@ def fit_boosted_trees(
         return float(np.average(kind.losses(logits, validation.labels), weights=validation.weights))
 
     def show(view: InputView, predict: Callable[[np.ndarray], np.ndarray]) -> Predictor:
-        return lambda rows: predict(view(rows)) * scale + middle
+        return lambda rows: predict(view(rows)) * std + mean
 
     sizes = LEAF_COUNTS[: None if held_out and len(train.labels) <= SMALL_DATA_ROWS else 1]
-    for seen, x, view in _views(train):
-        own, other = replace(train, x=x, categories=train.categories if seen == "with ids" else ()), None
+    for view_name, x, view in _views(train):
+        view_rows = replace(train, x=x, categories=train.categories if view_name == "with ids" else ())
+        view_held_out = None
         if held_out is not None:
-            other = replace(held_out, x=view(held_out), labels=(held_out.labels - middle) / scale)
-        tried = []
+            view_held_out = replace(held_out, x=view(held_out), labels=(held_out.labels - mean) / std)
+        candidates = []
         for leaves in sizes:
-            booster, count = _fit(kind, own, other, leaves, seed)
-            shown, told = show(view, booster.predict), f"{count} trees of {leaves} leaves {seen}"
-            if held_out is None:  # nothing tells them apart
-                return shown, told
-            tried.append((measure_loss(shown), leaves, told, shown))
-        loss, leaves, told, shown = min(tried, key=lambda each: each[0])
-        choices[told], losses[told], sizes = shown, loss, (leaves,)  # the first view chooses the size of all
+            booster, count = _fit(kind, view_rows, view_held_out, leaves, seed)
+            predictor, name = show(view, booster.predict), f"{count} trees of {leaves} leaves {view_name}"
+            if held_out is None:  # no rows to choose by
+                return predictor, name
+            candidates.append((measure_loss(predictor), leaves, name, predictor))
+        loss, leaves, name, predictor = min(candidates, key=lambda candidate: candidate[0])
+        choices[name], losses[name], sizes = predictor, loss, (leaves,)  # the first view chooses the size for all views
     if len(losses) > 1:
-        both = sorted(losses, key=losses.__getitem__)[:2]
-        mean = f"the mean of {' and '.join(both)}"
-        choices[mean] = lambda rows: np.mean([choices[each](rows) for each in both], axis=0)
-        losses[mean] = measure_loss(choices[mean])
+        best_two = sorted(losses, key=losses.__getitem__)[:2]
+        blend = f"the mean of {' and '.join(best_two)}"
+        choices[blend] = lambda rows: np.mean([choices[name](rows) for name in best_two], axis=0)
+        losses[blend] = measure_loss(choices[blend])
     best = min(losses, key=losses.__getitem__)
-    others = (f"; {loss:.4g} of {told}" for told, loss in losses.items() if told != best)
-    return choices[best], f"{best}, {kind.loss_name} of validation rows {losses[best]:.4g}{''.join(others)}"
+    rest = (f"; {loss:.4g} of {name}" for name, loss in losses.items() if name != best)
+    return choices[best], f"{best}, {kind.loss_name} of validation rows {losses[best]:.4g}{''.join(rest)}"
 
 
 def _views(train: TreeInputs) -> Iterator[tuple[str, np.ndarray, InputView]]:
-    """What trees may learn from: a name, x of the training rows, and what gives that of others.
+    """Yield views of the inputs: a name, the inputs of the training rows, and a function for the inputs of other rows.
 
-    Ids of many values make trees overfit where counters say the same, and without counters their numbers say little. So
-    the third view has each id's mean label instead, as `fit_target_encoding` has it: of training rows by the requests
-    of other folds, since labels of the row's own list would tell its own.
+    Trees overfit on IDs of many values if counters have the same information. Without counters, the numbers of IDs say
+    little. The third view therefore has the mean label of each ID (`fit_target_encoding`). For training rows, the mean
+    covers requests of other folds, because the labels of a row's own list would reveal its label.
     """
     if train.num_numeric:
         yield "without ids", train.x[:, : train.num_numeric], lambda rows: rows.x[:, : rows.num_numeric]
@@ -156,52 +181,68 @@ def _views(train: TreeInputs) -> Iterator[tuple[str, np.ndarray, InputView]]:
     if train.num_numeric == train.x.shape[1] or train.folds is None or len(np.unique(train.folds)) == 1:
         return
 
-    def learn(taken: np.ndarray) -> InputView:
-        weights = None if train.weights is None else train.weights[taken]
-        ids = train.x[taken, train.num_numeric :].T
-        rates = [fit_target_encoding(pa.array(each), train.labels[taken], weights) for each in ids]
+    def fit(selected: np.ndarray) -> InputView:
+        weights = None if train.weights is None else train.weights[selected]
+        ids = train.x[selected, train.num_numeric :].T
+        rates = [fit_target_encoding(pa.array(column), train.labels[selected], weights) for column in ids]
 
         def view(rows: TreeInputs) -> np.ndarray:
             ids = map(pa.array, rows.x[:, rows.num_numeric :].T)
-            means = (rate(each).astype(np.float32) for rate, each in zip(rates, ids, strict=True))
+            means = (rate(column).astype(np.float32) for rate, column in zip(rates, ids, strict=True))
             return np.column_stack([rows.x[:, : rows.num_numeric], *means])
 
         return view
 
     x = np.empty_like(train.x)
     for fold in np.unique(train.folds):
-        own = train.folds == fold
-        x[own] = learn(~own)(replace(train, x=train.x[own]))
-    yield "with mean labels of ids", x, learn(np.ones(len(x), bool))
+        in_fold = train.folds == fold
+        x[in_fold] = fit(~in_fold)(replace(train, x=train.x[in_fold]))
+    yield "with mean labels of ids", x, fit(np.ones(len(x), bool))
 
 
 def fit_target_encoding(
     candidates: pa.Array, labels: np.ndarray, weights: np.ndarray | None
 ) -> Callable[[pa.Array], np.ndarray]:
-    """M candidates -> (M,) float64, what is predicted for them: the mean label of each, whoever the user is.
+    """Fit the smoothed mean label of each candidate.
 
-    It is smoothed toward the mean of all rows: (sum of labels + SMOOTHING x overall mean) / (rows + SMOOTHING), where a
-    row of mean weight is one; that of a candidate that was not seen is the overall mean.
+    The smoothed mean is (sum of labels + SMOOTHING_ROWS x overall mean) / (rows + SMOOTHING_ROWS). Rows are weighted by
+    multiples of their mean weight. An unseen candidate has the overall mean.
 
-    candidates, labels: (N,), NaN where unobserved; weights: (N,) what rows count, None is 1. Raises UserError where no
-    label is observed.
+    Args:
+        candidates: Candidates, shape (N,).
+        labels: Labels, NaN if unobserved. Shape (N,).
+        weights: Weights of the rows, None for equal weights. Shape (N,).
+
+    Returns:
+        Function from M candidates to their smoothed means, shape (M,), float64.
+
+    Raises:
+        UserError: No label is observed.
     """
     observed = ~np.isnan(labels)
     if not observed.any():
-        raise UserError("no training row has an observed label; expected at least one")
+        raise UserError("no training row has an observed label. Popularity needs at least one.")
     rows = np.ones(len(labels)) if weights is None else weights / weights[observed].mean()
     counted = pd.DataFrame({"rows": rows, "labels": rows * labels}, dtype=np.float64)[observed]
     overall = counted["labels"].sum() / counted["rows"].sum()
     sums = counted.groupby(candidates.to_pandas().to_numpy()[observed]).sum()
     rates = (sums["labels"] + SMOOTHING_ROWS * overall) / (sums["rows"] + SMOOTHING_ROWS)
-    return lambda others: rates.reindex(others.to_pandas().to_numpy()).fillna(overall).to_numpy()
+    return lambda ids: rates.reindex(ids.to_pandas().to_numpy()).fillna(overall).to_numpy()
 
 
 @dataclass(frozen=True)
 class TreeInputs:
-    """Rows as trees see them: x (N, F) float32, first the `numbers`, NaN where missing, then ids, without placement and
-    lists; labels (N, T), or (N,) of one task, NaN where unobserved; what rows count (N,), None is 1; the fold of FOLDS
-    that a row's request belongs to (N,); the columns of x that hold few ids; and further columns."""
+    """Inputs of trees for N rows.
+
+    Attributes:
+        x: Numbers, NaN if missing, then single IDs. Placement and lists of IDs are left out. Shape (N, F), float32.
+        num_numeric: Number of columns with numbers.
+        labels: Labels of T tasks or of one task, NaN if unobserved. Shape (N, T) or (N,).
+        weights: Weights of the rows, None for equal weights. Shape (N,).
+        folds: Fold of each row's request, one of `TARGET_ENCODING_FOLDS`. Shape (N,).
+        categories: Columns of `x` that are categories.
+        table: More columns.
+    """
 
     x: np.ndarray
     num_numeric: int
@@ -212,30 +253,39 @@ class TreeInputs:
     table: pa.Table = field(default_factory=lambda: pa.table({}))
 
     def column(self, name: str) -> pa.Array:
-        """A further column (N,)."""
+        """Return a column of `table`, shape (N,)."""
         return self.table.column(name).combine_chunks()
 
     def select_task(self, index: int) -> TreeInputs:
-        """The rows with an observed label of a task. Weights become multiples of their mean, as trees compare their
-        sums with constants."""
-        known = ~np.isnan(self.labels[:, index])
-        weights, folds = (None if each is None else each[known] for each in (self.weights, self.folds))
+        """Return the rows with an observed label of a task.
+
+        Weights are divided by their mean, because LightGBM compares sums of weights with constants.
+        """
+        observed = ~np.isnan(self.labels[:, index])
+        weights, folds = (None if values is None else values[observed] for values in (self.weights, self.folds))
         if weights is not None and len(weights):
             weights = weights / weights.mean()
-        x = self.x if known.all() else self.x[known]
-        return TreeInputs(x, self.num_numeric, self.labels[known, index], weights, folds, self.categories)
+        x = self.x if observed.all() else self.x[observed]
+        return TreeInputs(x, self.num_numeric, self.labels[observed, index], weights, folds, self.categories)
 
     @staticmethod
     def iter_chunks(
         rows: EncodedDataset, layout: Layout, columns: Sequence[str], skip_rows: int = 0
     ) -> Iterator[TreeInputs]:
-        """All rows but the first ones, some at a time."""
-        dense = [index for index, each in enumerate(layout.dense) if not each.placement]
+        """Yield the rows in chunks.
+
+        Args:
+            rows: Encoded rows.
+            layout: Layout of the inputs.
+            columns: More columns to read.
+            skip_rows: Number of rows to skip at the start.
+        """
+        dense = [index for index, dense_input in enumerate(layout.dense) if not dense_input.placement]
         for part, table in rows.stream(CHUNK_ROWS, columns):
             first = min(skip_rows, len(part))
             skip_rows -= first
             if first == len(part):
-                continue  # a slice of no row would keep all of them in memory
+                continue  # an empty slice would keep the whole chunk in memory
             ids = [np.asarray(part.encoded.ids[name])[first:] for name in layout.single_ids()]
             x = np.column_stack([part.encoded.dense[first:, dense], *ids]).astype(np.float32)
             yield TreeInputs(
@@ -244,15 +294,21 @@ class TreeInputs:
 
     @staticmethod
     def read(rows: EncodedDataset, layout: Layout, columns: Sequence[str]) -> TreeInputs:
-        """The last rows, as many as memory is meant to hold."""
-        most = min(MAX_ROWS, MAX_VALUES // max(1, len(layout.dense) + len(layout.ids)))
-        skip_rows = max(0, rows.rows - most)
+        """Read the last rows, at most `MAX_ROWS` rows and `MAX_VALUES` values.
+
+        Args:
+            rows: Encoded rows.
+            layout: Layout of the inputs.
+            columns: More columns to read.
+        """
+        max_rows = min(MAX_ROWS, MAX_VALUES // max(1, len(layout.dense) + len(layout.ids)))
+        skip_rows = max(0, rows.rows - max_rows)
         parts = list(TreeInputs.iter_chunks(rows, layout, (*columns, "request"), skip_rows))
-        table = pa.concat_tables([each.table for each in parts])
-        x, labels = (np.concatenate([getattr(each, name) for each in parts]) for name in ("x", "labels"))
+        table = pa.concat_tables([part.table for part in parts])
+        x, labels = (np.concatenate([getattr(part, name) for part in parts]) for name in ("x", "labels"))
         folds = (hash_column(table["request"].combine_chunks()) % TARGET_ENCODING_FOLDS).astype(np.int8)
-        tables = {each.name: layout.table(each.table).rows for each in layout.ids}
-        few = [tables[name] <= MAX_CATEGORIES for name in layout.single_ids()]
-        categories = tuple(parts[0].num_numeric + place for place in np.flatnonzero(few).tolist())
-        own = table.drop_columns("request")
-        return TreeInputs(x, parts[0].num_numeric, labels, row_weights(table), folds, categories, own)
+        num_ids = {id_input.name: layout.table(id_input.table).rows for id_input in layout.ids}
+        is_category = [num_ids[name] <= MAX_CATEGORIES for name in layout.single_ids()]
+        categories = tuple(parts[0].num_numeric + index for index in np.flatnonzero(is_category).tolist())
+        weights, table = row_weights(table), table.drop_columns("request")
+        return TreeInputs(x, parts[0].num_numeric, labels, weights, folds, categories, table)

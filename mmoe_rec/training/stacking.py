@@ -1,4 +1,4 @@
-"""Grows the boosted trees that stand beside a trained network, and fits how much each of both counts."""
+"""Boosted trees beside a trained network, and the weights of their blend."""
 
 import math
 from dataclasses import dataclass, replace
@@ -22,37 +22,44 @@ from mmoe_rec.task_kinds.task_kind import TaskKind
 from mmoe_rec.training.boosting import TreeInputs, train_lightgbm
 
 BLEND_PRIOR_STD = 0.25
-"""Standard deviation that is expected of the difference of both weights, as a fraction of their sum."""
+"""Prior standard deviation of the difference of both weights, as a fraction of their sum."""
 SCALE_PRIOR_STD, MIN_SCALE = 0.5, 0.1
-"""Standard deviation that is expected of the scale around 1; and the least scale, as 0 would make all rows alike."""
+"""Prior standard deviation of the scale around 1, and the minimum scale. A scale of 0 would make all rows equal."""
 MEAN_PRIOR_STD = 0.03
-"""Standard deviation that is expected of the mean prediction's error: of its logarithm, or in those of a regression."""
+"""Prior standard deviation of the error of the mean prediction. It applies to the logarithm of the mean, or for a
+regression, to the mean in standard deviations of the label."""
 ID_TREES_MIN_Z = 3.0
-"""Standard errors by which trees with ids must be better to stand alone, since an id's worth lasts less long than a
-counter's. Where they help less, the mean of both sets stands."""
+"""Standard errors by which trees with IDs must be better to replace trees without IDs, because the effect of an ID
+lasts less long than the effect of a counter. If they are less better, the mean of both sets is used."""
 EQUAL_BLEND = Blend(0.5, 0.5, 0.0)
 """The blend of a task with too few labels to fit one."""
 BLEND_MIN_Z = 1.0
-"""Standard errors by which a blend must be better than the network alone, and trees alone better than a blend."""
+"""Standard errors by which a blend must be better than the network alone, or trees alone better than a blend."""
 
 
 def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout, model: RankingModel) -> Trees:
-    """Grow trees beside a trained network, for every task, by the validation rows that select.
+    """Grow trees for every task, and print the chosen trees and weights.
 
-    Prints for each task the trees that were taken, and their weights. A task keeps the network alone if trees have
-    nothing to learn from, or if a blend with them is not clearly better.
+    The selection rows choose. A task keeps the network alone if trees have no input or labels, or if a blend isn't
+    clearly better.
+
+    Args:
+        settings: Settings of the run, with `model.trees`.
+        prepared: Features.
+        layout: Layout of the model.
+        model: Trained network.
     """
     section = settings.model.trees
     assert section is not None
     weighted = settings.training.sampling_correction == "weights"
     train = EncodedDataset(prepared.split("train"), layout)
-    selecting = EncodedDataset(prepared.split("validation"), layout, part=ValidationPart.SELECTION)
+    selection = EncodedDataset(prepared.split("validation"), layout, part=ValidationPart.SELECTION)
     train_rows = TreeInputs.read(train, layout, train.weight_columns(weighted))
-    held_out = TreeInputs.read(selecting, layout, [*selecting.weight_columns(weighted), "user"])
+    held_out = TreeInputs.read(selection, layout, [*selection.weight_columns(weighted), "user"])
     users = np.unique(hash_column(held_out.column("user")), return_inverse=True)[1]
-    logits, *_ = predict_for_calibration(model, layout, selecting, settings.evaluation.batch_size)
+    logits, *_ = predict_for_calibration(model, layout, selection, settings.evaluation.batch_size)
     logits = logits[len(logits) - len(held_out.labels) :]
-    # In a table without times there is no later, and there are no counters that say what ids do.
+    # A table without times has no later rows and no counters, so trees with IDs need no margin.
     min_z = ID_TREES_MIN_Z if settings.columns.has_time else 0.0
     texts: dict[str, str] = {}
     blends: dict[str, Blend] = {}
@@ -60,10 +67,10 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
         observed = ~np.isnan(held_out.labels[:, index])
         rows = train_rows.select_task(index), held_out.select_task(index)
         network = logits[observed, index].astype(np.float64)
-        found, told = fit_task_trees(task, section, settings.training.seed, *rows, network, users[observed], min_z)
-        if found is not None:
-            texts[task.name], blends[task.name] = found
-        say(f"  trees of {task.name}: {told}")
+        fitted, choice = fit_task_trees(task, section, settings.training.seed, *rows, network, users[observed], min_z)
+        if fitted is not None:
+            texts[task.name], blends[task.name] = fitted
+        say(f"  trees of {task.name}: {choice}")
     return Trees(texts, blends)
 
 
@@ -77,69 +84,68 @@ def fit_task_trees(
     users: np.ndarray,
     min_z: float = ID_TREES_MIN_Z,
 ) -> tuple[tuple[str, Blend] | None, str]:
-    """Grow the trees of one task and fit how much they and the network count.
+    """Grow the trees of one task, and fit the weights of the trees and the network.
 
     Args:
-        task: The task, for its kind and the mean and deviation of a regression.
+        task: Task, with its kind and the mean and standard deviation of a regression.
         section: Settings of the trees.
-        seed: Seed of the columns that each tree looks at.
+        seed: Seed of the columns of each tree.
         train_rows: Training rows with an observed label.
-        held_out: Selecting rows with an observed label, N of them.
-        network: The network's logits, or values of a regression, of the N rows. Shape (N,).
-        users: Number of each row's user. Shape (N,) int64.
-        min_z: Standard errors by which trees with ids must be better than trees without.
+        held_out: N selection rows with an observed label.
+        network: Logits, or values of a regression, of the network. Shape (N,).
+        users: Number of each row's user. Shape (N,), int64.
+        min_z: Standard errors by which trees with IDs must be better than trees without IDs.
 
     Returns:
-        The trees as LightGBM's text with their blend, or None for the network alone; and a sentence about the choice.
+        The trees in LightGBM's text format with their blend, or None for the network alone, and a description.
     """
     inputs = sorted({train_rows.num_numeric, train_rows.x.shape[1]} - {0})
-    if not inputs or min(len(np.unique(each.labels)) for each in (train_rows, held_out)) < 2:
-        return None, "no trees: training or validation rows lack labels that differ, or there is no input"
+    if not inputs or min(len(np.unique(rows.labels)) for rows in (train_rows, held_out)) < 2:
+        return None, "no trees, because training or validation rows lack different labels, or there is no input"
     texts, halves = dict[str, str](), list[str]()
     for width in inputs:
-        train, selecting = (
-            replace(each, x=each.x[:, :width], labels=(each.labels - task.mean) / task.std)
-            for each in (train_rows, held_out)
+        train, selection = (
+            replace(rows, x=rows.x[:, :width], labels=(rows.labels - task.mean) / task.std)
+            for rows in (train_rows, held_out)
         )
-        shape = section.leaves, seed, section.learning_rate, section.max_trees
-        booster = train_lightgbm(task.kind, train, selecting, *shape)
-        most = booster.best_iteration  # further trees lost more on the selecting rows
-        texts["without ids" if width == train_rows.num_numeric else "with ids"] = booster.model_to_string(
-            num_iteration=most
-        )
-        # Both sets together have no more trees than one may have.
-        halves.append(booster.model_to_string(num_iteration=min(most, max(1, section.max_trees // 2))))
-    ways = [(name, text, min_z) for name, text in texts.items()]
-    if 1 < len(ways) <= section.max_trees:
-        ways.append(("in all, without ids and with them", "\n".join(halves), 0.0))
-    labels, weights, taken = held_out.labels, held_out.weights, None
+        options = section.leaves, seed, section.learning_rate, section.max_trees
+        booster = train_lightgbm(task.kind, train, selection, *options)
+        count = booster.best_iteration  # more trees have a higher loss on the selection rows
+        name = "without ids" if width == train_rows.num_numeric else "with ids"
+        texts[name] = booster.model_to_string(num_iteration=count)
+        # Both sets together have at most `max_trees` trees.
+        halves.append(booster.model_to_string(num_iteration=min(count, max(1, section.max_trees // 2))))
+    choices = [(name, text, min_z) for name, text in texts.items()]
+    if 1 < len(choices) <= section.max_trees:
+        choices.append(("in all, without ids and with them", "\n".join(halves), 0.0))
+    labels, weights, best = held_out.labels, held_out.weights, None
     _, std = task.kind.label_mean_and_std(labels)
-    for name, text, needed in ways:
+    for name, text, required_z in choices:
         ensemble = read_ensemble(text)
         trees = task.mean + task.std * Forest([ensemble]).sums(held_out.x, torch.get_num_threads())[:, 0]
         blend = fit_blend(task.kind, network, trees, labels, weights)
         losses = task.kind.losses(blend.apply(network, trees), labels, std)
-        if taken is not None and not is_significantly_lower(losses, taken.losses, weights, users, needed):
+        if best is not None and not is_significantly_lower(losses, best.losses, weights, users, required_z):
             continue
-        taken = _Taken(text, f"{len(ensemble.trees)} trees {name}", trees, blend, losses)
+        best = _FittedTrees(text, f"{len(ensemble.trees)} trees {name}", trees, blend, losses)
         if name == "with ids":
             break
-    assert taken is not None, "the first way is taken where no other one is"
-    of_network, of_trees = (task.kind.losses(side, labels, std) for side in (network, taken.trees))
-    blended, *alone = (np.average(each, weights=weights) for each in (taken.losses, of_network, of_trees))
-    told = f"loss of selecting rows {alone[0]:.4g} by the network, {alone[1]:.4g} by the trees, {blended:.4g} by both"
-    is_better = is_significantly_lower(taken.losses, of_network, weights, users, BLEND_MIN_Z)
-    if taken.blend.trees == 0 or (alone[0] <= alone[1] and not is_better):
-        return None, f"no trees: both together are not clearly better than the network alone; {told}"
-    trees_lead = is_significantly_lower(of_trees, taken.losses, weights, users, BLEND_MIN_Z)
-    blend = Blend(0.0, 1.0, 0.0) if trees_lead else taken.blend
+    assert best is not None, "the first choice needs no margin"
+    network_losses, trees_losses = (task.kind.losses(side, labels, std) for side in (network, best.trees))
+    blended, *alone = (np.average(losses, weights=weights) for losses in (best.losses, network_losses, trees_losses))
+    means = f"loss of selection rows: network {alone[0]:.4g}, trees {alone[1]:.4g}, blend {blended:.4g}"
+    is_better = is_significantly_lower(best.losses, network_losses, weights, users, BLEND_MIN_Z)
+    if best.blend.trees == 0 or (alone[0] <= alone[1] and not is_better):
+        return None, f"no trees, because the blend is not clearly better than the network alone; {means}"
+    trees_lead = is_significantly_lower(trees_losses, best.losses, weights, users, BLEND_MIN_Z)
+    blend = Blend(0.0, 1.0, 0.0) if trees_lead else best.blend
     few = " (too few labels to fit the weights)" if blend == EQUAL_BLEND else ""
-    return (taken.text, blend), f"{taken.name}; {blend.network:.3g} x network + {blend.trees:.3g} x trees{few}; {told}"
+    return (best.text, blend), f"{best.name}; {blend.network:.3g} x network + {blend.trees:.3g} x trees{few}; {means}"
 
 
 @dataclass(frozen=True)
-class _Taken:
-    """A set of trees, and what it gives the selecting rows."""
+class _FittedTrees:
+    """Trees, with their predictions, blend and losses on the selection rows."""
 
     text: str
     name: str
@@ -155,11 +161,21 @@ def is_significantly_lower(
     users: np.ndarray,
     min_z: float = ID_TREES_MIN_Z,
 ) -> bool:
-    """Whether rows lose less by more than `min_z` standard errors, over users, since rows of a user are no
-    independent witnesses."""
+    """Return whether the losses are lower by more than `min_z` standard errors.
+
+    Standard errors are over users, because rows of a user aren't independent.
+
+    Args:
+        losses: Losses, shape (N,).
+        other_losses: Losses to compare with, shape (N,).
+        weights: Weights of the rows, None for equal weights. Shape (N,).
+        users: Number of each row's user. Shape (N,), int64.
+        min_z: Number of standard errors.
+    """
     gains = (other_losses - losses) * (1 if weights is None else weights)
-    apart = np.bincount(users, gains - gains.mean())[np.unique(users)]
-    return len(apart) > 1 and bool(gains.sum() > min_z * math.sqrt(len(apart) / (len(apart) - 1) * (apart @ apart)))
+    deviations = np.bincount(users, gains - gains.mean())[np.unique(users)]
+    count = len(deviations)
+    return count > 1 and bool(gains.sum() > min_z * math.sqrt(count / (count - 1) * (deviations @ deviations)))
 
 
 def fit_blend(
@@ -169,11 +185,11 @@ def fit_blend(
     labels: np.ndarray,
     weights: np.ndarray | None = None,
 ) -> Blend:
-    """Fit the weights of network and trees on rows that neither learnt from (stacking: Wolpert, 1992).
+    """Fit the weights of network and trees on rows that trained neither of them (stacking: Wolpert, 1992).
 
-    The blend is scale x (w x network + (1 - w) x trees) + offset, of logits or of a regression's values, with the least
-    mean loss. Either side may stand alone, with w at 1 or 0. Normal priors hold w near 1/2, the scale near 1, and the
-    mean prediction near that of the sides, so that few labels, or labels of an unusual month, move none of them far.
+    The blend is scale x (w x network + (1 - w) x trees) + offset, in logits or in a regression's values, with the
+    lowest mean loss. With w at 1 or 0, one side stands alone. Normal priors keep w near 1/2, the scale near 1, and the mean
+    prediction near the mean of both sides. Few labels, or labels of an unusual month, therefore change little.
 
     Args:
         kind: Kind of the task.
@@ -183,27 +199,28 @@ def fit_blend(
         weights: Positive weights of the rows, None for equal ones. Shape (N,).
 
     Returns:
-        The blend, half of each without enough labels.
+        The blend. Without enough labels, it has half of each side.
     """
     if kind.count_minority(labels) < MIN_LABELS["temperature"]:
         return EQUAL_BLEND
-    middle, unit = kind.label_mean_and_std(labels)
-    one, other, y = ((torch.from_numpy(each).double() - middle) / unit for each in (network, trees, labels))
+    mean, std = kind.label_mean_and_std(labels)
+    left, right, y = ((torch.from_numpy(values).double() - mean) / std for values in (network, trees, labels))
     weight = torch.full_like(y, 1 / len(y)) if weights is None else torch.from_numpy(weights / weights.sum())
-    levels = [weight @ kind.prediction(side) + 1e-300 for side in (one, other)]
+    levels = [weight @ kind.prediction(side) + 1e-300 for side in (left, right)]
 
-    def objective(at: np.ndarray) -> tuple[float, np.ndarray]:
-        """Return the mean loss and the priors' part in it for a scale, w and an offset, and the slopes of both."""
-        scale, w, offset = parameters = torch.tensor(at, requires_grad=True)
-        logits = scale * (w * one + (1 - w) * other) + offset
+    def objective(values: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return the mean loss with priors, and its gradient, for a scale, w and an offset."""
+        scale, w, offset = parameters = torch.tensor(values, requires_grad=True)
+        logits = scale * (w * left + (1 - w) * right) + offset
         level, expected = weight @ kind.prediction(logits) + 1e-300, w * levels[0] + (1 - w) * levels[1]
-        far = level - expected if kind.is_linear else (level / expected).log()
-        uneven, steep = (2 * w - 1) / BLEND_PRIOR_STD, (scale - 1) / SCALE_PRIOR_STD
-        priors = (uneven**2 + steep**2 + (far / MEAN_PRIOR_STD) ** 2) / 2
+        mean_error = level - expected if kind.is_linear else (level / expected).log()
+        w_error, scale_error = (2 * w - 1) / BLEND_PRIOR_STD, (scale - 1) / SCALE_PRIOR_STD
+        priors = (w_error**2 + scale_error**2 + (mean_error / MEAN_PRIOR_STD) ** 2) / 2
         loss = weight @ kind.loss(logits, y) + priors / len(y)
-        (slopes,) = torch.autograd.grad(loss, parameters)
-        return loss.item(), slopes.numpy()
+        (gradient,) = torch.autograd.grad(loss, parameters)
+        return loss.item(), gradient.numpy()
 
-    bounds, most = [(MIN_SCALE, None), (0, 1), (None, None)], {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 1000}
-    scale, w, offset = minimize(objective, [1.0, 0.5, 0.0], jac=True, method="L-BFGS-B", bounds=bounds, options=most).x
-    return Blend(float(scale * w), float(scale * (1 - w)), float(unit * offset + middle * (1 - scale)))
+    bounds, limits = [(MIN_SCALE, None), (0, 1), (None, None)], {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 1000}
+    start = [1.0, 0.5, 0.0]
+    scale, w, offset = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=limits).x
+    return Blend(float(scale * w), float(scale * (1 - w)), float(std * offset + mean * (1 - scale)))

@@ -189,7 +189,7 @@ def test_what_can_not_be_learnt_is_reported() -> None:
     unobserved = np.full(3, np.nan)
     for item, sentence in (
         (rows(unobserved), "no training row"),
-        (rows([1, 1, np.nan]), "expected both 0 and 1"),
+        (rows([1, 1, np.nan]), "but trees need both 0 and 1"),
         (rows([1.0, 1, 0], 0), "all features describe placement, or are lists of ids"),
     ):
         with pytest.raises(UserError, match=sentence):
@@ -316,5 +316,5 @@ def test_a_task_whose_last_rows_say_nothing_is_reported_with_their_number(
 ) -> None:
     """Labels that are known late may all lie before them."""
     monkeypatch.setattr(trees, "MAX_ROWS", 1)
-    with pytest.raises(UserError, match="no baseline can learn task 'click': "):
+    with pytest.raises(UserError, match="no baseline can be trained for task 'click': "):
         measure_baselines(model.settings, Path(model.settings.data.work_dir) / "last")
