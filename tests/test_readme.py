@@ -369,7 +369,7 @@ def test_commands_of_the_server(said: dict[str, str], folder: Path) -> None:
     (folder / "request.json").write_text(request)
     with running(serve, "8000", "/health", folder) as port:
         answers = [shell(ask.replace("8000", str(port)), folder) for ask in asks]
-    ranked, partial, version, metrics, reloaded = answers
+    ranked, partial, reloaded, version, metrics = answers
     assert ranked == partial
     (actual,), (shown,) = json.loads(ranked)["predictions"], json.loads(reply)["predictions"]
     assert list(actual) == list(shown)
