@@ -188,8 +188,8 @@ def fit_blend(
     """Fit the weights of network and trees on rows that trained neither of them (stacking: Wolpert, 1992).
 
     The blend is scale x (w x network + (1 - w) x trees) + offset, in logits or in a regression's values, with the
-    lowest mean loss. With w at 1 or 0, one side stands alone. Normal priors keep w near 1/2, the scale near 1, and the mean
-    prediction near the mean of both sides. Few labels, or labels of an unusual month, therefore change little.
+    lowest mean loss. With w at 1 or 0, one side stands alone. Normal priors keep w near 1/2, the scale near 1, and the
+    mean prediction near the mean of both sides. Few labels, or labels of an unusual month, therefore change little.
 
     Args:
         kind: Kind of the task.
