@@ -1,4 +1,4 @@
-"""The process group that all ranks of a training form, and what becomes of it when one of them is lost."""
+"""The process group of a training run, and messages for lost ranks."""
 
 import contextlib
 import json
@@ -21,16 +21,22 @@ from mmoe_rec.settings.training import Training
 from mmoe_rec.training.sharding import check_sharding
 from mmoe_rec.training.table_backends import choose_table_backend
 
-# Loggers that write of the planner's estimates and of tracing, on which a user cannot act. The plan is given as text.
+# Loggers of the planner's estimates and of tracing, on which a user can't act. `describe_plan` prints the plan.
 NOISY_LOGGERS = ("torchrec.distributed.planner", "torch.fx._symbolic_trace")
-_SECONDS_TO_LET_GO = 0.05
-_DAYS_FOR_FEATURES = timedelta(days=7)
+_SECONDS_TO_RELEASE = 0.05
+_MAX_FIRST_RANK_TIME = timedelta(days=7)
 _SIGNS_OF_LOSS = ("gloo", "connection", "timed out", "timeout", "nccl", "socket")
 
 
 @dataclass(frozen=True)
 class RankContext:
-    """This process among those that train together."""
+    """Rank of this process among the processes that train together.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
+        store: Key-value store (torch.distributed) that all processes share.
+    """
 
     rank: int
     world_size: int
@@ -38,21 +44,22 @@ class RankContext:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that writes down what is common to all."""
+        """Whether this is rank 0, which writes the files and prints for all ranks."""
         return self.rank == 0
 
     def run_on_first_rank(self, work: Callable[[], str]) -> str:
-        """Rank 0 does the work, however long it takes; the others wait for it. Returns its result on all.
+        """Call `work` on rank 0, while all other ranks wait, and return its result on all ranks.
 
-        Raises UserError on all of them if it failed: where it had a sentence for the user, they raise the same.
+        Raises:
+            UserError: The work failed. All ranks raise the same UserError if rank 0 raised one.
         """
         if not self.is_first:
-            self.store.wait(["first"], _DAYS_FOR_FEATURES)
+            self.store.wait(["first"], _MAX_FIRST_RANK_TIME)
             outcome = json.loads(self.store.get("first"))
             if (failure := outcome["failure"]) is not None:
                 raise UserError(failure)
             return str(outcome["result"])
-        result, failure = None, "rank 0 has failed; its own message says why"
+        result, failure = None, "Rank 0 failed. Read its output for the reason."
         try:
             result, failure = work(), None
         except UserError as error:
@@ -65,14 +72,17 @@ class RankContext:
 
 @contextlib.contextmanager
 def training_process_group(settings: Training) -> Iterator[tuple[torch.device, RankContext]]:
-    """The device and the process group of a training. Raises UserError for what this machine does not offer."""
+    """Yield the device and the rank of a run by its training `settings`, within the run's process group.
+
+    Raises:
+        UserError: This machine doesn't support the settings, or another rank was lost.
+    """
     device, ranks = pick_device(settings.device), int(os.environ.get("WORLD_SIZE", "1"))
     check_sharding(settings.sharding, device.type)
     if choose_table_backend(settings.table_backend, device.type, ranks) == "torch" and settings.sharding != "auto":
         raise UserError(
-            f"training.sharding is {settings.sharding}, and training.table_backend is torch, which spreads no "
-            "tables. Set one "
-            "of them to auto."
+            f"training.sharding is {settings.sharding}, but training.table_backend torch doesn't shard tables. Set "
+            "either to auto."
         )
     choose_matmul_backend(settings.matmul_backend, device.type)
     with process_group(device, settings.timeout_minutes) as group:
@@ -81,9 +91,16 @@ def training_process_group(settings: Training) -> Iterator[tuple[torch.device, R
 
 @contextlib.contextmanager
 def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator[RankContext]:
-    """Joins torchrun's ranks, or forms a group of one without torchrun. gloo on CPU, nccl on CUDA; left at the end.
+    """Join torchrun's process group, or a group of one process without torchrun, and leave it at the end.
 
-    timeout_minutes: how long a rank waits for the others in an exchange. Raises UserError where other ranks are lost.
+    The group's backend is gloo on CPUs and nccl on GPUs.
+
+    Args:
+        device: Device of this rank.
+        timeout_minutes: Time that a rank waits for other ranks in a collective call.
+
+    Raises:
+        UserError: Another rank was lost.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
@@ -92,7 +109,7 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
     rank, world_size = 0, 1
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
-        # When torchrun starts lost ranks again, its store still holds the addresses of those before.
+        # When torchrun restarts ranks, its store still contains the addresses of the lost ranks.
         store = dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     ranks = RankContext(rank, world_size, store)
     timeout = timedelta(minutes=timeout_minutes)
@@ -102,14 +119,15 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
         with quiet, _explain_loss(ranks):
             yield ranks
     finally:
-        # Without both, a rank can abort at exit: a thread of gloo that still has to release the last tensors needs the
-        # interpreter's lock for it, and is killed in the middle. Sleeping gives it the lock.
+        # Without both calls, a rank can abort at exit: a gloo thread needs the interpreter's lock to release the last
+        # tensors, and is killed before it is done. Sleeping hands the lock to this thread.
         dist.destroy_process_group()
-        time.sleep(_SECONDS_TO_LET_GO)
+        time.sleep(_SECONDS_TO_RELEASE)
 
 
 @contextlib.contextmanager
 def _explain_loss(ranks: RankContext) -> Iterator[None]:
+    """Turn the RuntimeError of a lost rank into a UserError."""
     try:
         yield
     except RuntimeError as error:
@@ -118,6 +136,6 @@ def _explain_loss(ranks: RankContext) -> Iterator[None]:
             raise
         reason = first_line(error)
         raise UserError(
-            f"another of {ranks.world_size} ranks ended or gave no answer, so rank {ranks.rank} can't go on. Read its "
-            f"own output, then go on with --resume ({reason})."
+            f"Another of {ranks.world_size} ranks ended or doesn't respond, so rank {ranks.rank} stops ({reason}). "
+            "Read the output of that rank, then resume with --resume."
         ) from error

@@ -1,7 +1,7 @@
-"""Sharded training: tables spread over the ranks, the optimizers of all parameters, and the plan of who holds what.
+"""Sharded training: the sharding plan, tables sharded over ranks, and the optimizers of all parameters.
 
-One path for a laptop and a cluster: world size 1 on a CPU shards as 64 GPUs do. Without torchrec, one process trains on
-tables in plain PyTorch.
+A laptop and a cluster use the same code: one CPU process shards its tables as 64 GPUs do. Without torchrec, one process
+trains on tables in plain PyTorch.
 """
 
 import itertools
@@ -33,35 +33,48 @@ from mmoe_rec.training.table_backends import (
     require_torchrec,
 )
 
-RESERVED_FRACTION = 0.2  # of a rank's memory, for all but tables and their activations
+RESERVED_FRACTION = 0.2  # Fraction of a rank's memory that is kept free of tables and their activations.
 GIB = 2**30
-_FLOAT = 4
+_FLOAT = 4  # Bytes of a float32.
 WHOLE_ROW_SHARDINGS = ("table_wise", "row_wise", "table_row_wise")
-CPU_SHARDINGS = ("auto", "table_wise", "column_wise")  # torchrec's own limit
+CPU_SHARDINGS = ("auto", "table_wise", "column_wise")  # torchrec supports no other kinds on CPUs.
 
 RowInitializer = Callable[[EmbeddingTable, int, int], Tensor]
-"""Table, first and last row (exclusive) -> (last - first, dim) float32, the weights that these rows start from."""
+"""Table, first row and last row (exclusive) -> (last - first, dim) float32, the initial weights of these rows."""
 
 
-# Which rank holds which part of which table: torchrec's planner, for the running ranks or for any, on paper.
+# The sharding plan by torchrec's planner, for the running ranks or for a hypothetical cluster.
 
 
 def check_sharding(kind: str, device: str) -> None:
-    """Raise UserError for a setting `training.sharding` that can't work on "cpu" or "cuda"."""
+    """Raise an error if a kind of sharding isn't available.
+
+    Args:
+        kind: The setting `training.sharding`.
+        device: "cpu" or "cuda".
+
+    Raises:
+        UserError: The device doesn't support this kind, or torchrec isn't installed.
+    """
     if kind != "auto":
         require_torchrec(f"training.sharding {kind}", "set it to auto")
     if device == "cpu" and kind not in CPU_SHARDINGS:
         raise UserError(
-            f"training.sharding is {kind}, which torchrec has on GPUs alone: on CPUs set it to "
-            f"{', '.join(CPU_SHARDINGS[:-1])} or {CPU_SHARDINGS[-1]}"
+            f"training.sharding is {kind}, which torchrec supports only on GPUs. On CPUs, set it to "
+            f"{', '.join(CPU_SHARDINGS[:-1])} or {CPU_SHARDINGS[-1]}."
         )
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Ranks that train together, `local_world_size` of them on each machine.
+    """Machines whose ranks train together.
 
-    gpu_bytes: memory of a rank's GPU, 0 on CPUs; host_bytes: main memory of a machine.
+    Attributes:
+        world_size: Number of all ranks.
+        local_world_size: Number of ranks on each machine.
+        device: Device type of the ranks.
+        gpu_bytes: Memory of a rank's GPU, 0 on CPUs.
+        host_bytes: Main memory of a machine.
     """
 
     world_size: int
@@ -72,14 +85,19 @@ class Cluster:
 
     @property
     def table_budget_bytes(self) -> int:
-        """Memory of a rank that tables and their activations may take."""
-        whole = self.gpu_bytes if self.device == "cuda" else self.host_bytes // self.local_world_size
-        return int(whole * (1 - RESERVED_FRACTION))
+        """Memory of a rank for tables and their activations."""
+        total = self.gpu_bytes if self.device == "cuda" else self.host_bytes // self.local_world_size
+        return int(total * (1 - RESERVED_FRACTION))
 
 
 class RankEstimate(NamedTuple):
-    """What is expected of a rank. tables: bytes of their weights and optimizer; bytes: of these and of activations, as
-    torchrec estimates them; milliseconds: of a step, likewise.
+    """Estimated load of a rank.
+
+    Attributes:
+        rank: Number of the rank.
+        table_bytes: Bytes of the tables' weights and optimizer state.
+        total_bytes: torchrec's estimate for tables, optimizer state and activations.
+        step_ms: torchrec's estimate of the time of a step.
     """
 
     rank: int
@@ -89,7 +107,12 @@ class RankEstimate(NamedTuple):
 
 
 def update_in_backward(model: nn.Module, learning_rate: float) -> None:
-    """Has tables updated by row-wise Adagrad within the backward pass, once they are sharded."""
+    """Make the backward pass update the tables by row-wise Adagrad, once they are sharded.
+
+    Args:
+        model: Model over `torchrec_tables`.
+        learning_rate: Learning rate of the tables.
+    """
     from torch.distributed.optim import _apply_optimizer_in_backward
     from torchrec.optim import RowWiseAdagrad
 
@@ -98,15 +121,22 @@ def update_in_backward(model: nn.Module, learning_rate: float) -> None:
 
 @dataclass(frozen=True)
 class ShardingPlanner:
-    """What a plan of the tables follows from. batch_size: rows a rank and step; settings: how tables are spread."""
+    """Planner of the tables' sharding.
+
+    Attributes:
+        layout: The model's tables and inputs.
+        cluster: Ranks to plan for.
+        batch_size: Rows per rank and step.
+        settings: Training settings, for the kind of sharding and the type that ranks communicate in.
+    """
 
     layout: ModelLayout
-    machines: Cluster
+    cluster: Cluster
     batch_size: int
     settings: Training
 
     def sharders(self) -> list[Any]:
-        """What knows how to spread tables."""
+        """Return torchrec's sharders for the tables."""
         from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
         if self.settings.communication_dtype == "fp32":
@@ -115,13 +145,22 @@ class ShardingPlanner:
         from torchrec.distributed.types import CommOp
 
         codecs = get_qcomm_codecs(QCommsConfig(CommType.BF16, CommType.BF16))
-        # Not `get_qcomm_codecs_registry`, which takes fp16 instead of bf16 on CPUs, although gloo sends both.
-        return [EmbeddingBagCollectionSharder(qcomm_codecs_registry={each.name: codecs for each in CommOp})]
+        # `get_qcomm_codecs_registry` would replace bf16 by fp16 on CPUs, although gloo supports both.
+        return [EmbeddingBagCollectionSharder(qcomm_codecs_registry={op.name: codecs for op in CommOp})]
 
     def make_plan(self, model: nn.Module, group: Any = None, stats: Any = None) -> Any:
-        """torchrec's plan for a model over `torchrec_tables`, which the ranks of a process group make together.
+        """Make torchrec's plan for a model.
 
-        stats: receives the plan. Raises UserError, with what would help, when the tables don't fit.
+        Args:
+            model: Model over `torchrec_tables`.
+            group: Process group whose ranks make the plan together. None plans without other ranks.
+            stats: torchrec's planner statistics, which receives the plan.
+
+        Returns:
+            The plan, a `ShardingPlan` of torchrec.
+
+        Raises:
+            UserError: The tables don't fit into the ranks' memory.
         """
         from torchrec.distributed.embedding_types import EmbeddingComputeKernel
         from torchrec.distributed.planner import EmbeddingShardingPlanner, types
@@ -129,24 +168,24 @@ class ShardingPlanner:
         from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
         from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 
-        machines, sharders, kind = self.machines, self.sharders(), self.settings.sharding
+        cluster, sharders, kind = self.cluster, self.sharders(), self.settings.sharding
 
         class StorageEstimator(EmbeddingStorageEstimator):
-            # torchrec counts one number of row-wise Adagrad for a whole row, and each part of a row has one.
+            # torchrec counts one value of row-wise Adagrad per row, but every column shard of a row has its own value.
             def estimate(self, sharding_options: Any, sharder_data_map: Any) -> None:
                 super().estimate(sharding_options, sharder_data_map)
-                for option, part in ((each, part) for each in sharding_options for part in each.shards):
+                for option, part in ((table, part) for table in sharding_options for part in table.shards):
                     missing = math.ceil(_FLOAT * part.size[0] * (1 - part.size[1] / option.tensor.shape[1]))
-                    own, host = (missing, 0) if machines.device == "cuda" else (0, missing)
-                    part.storage += types.Storage(hbm=own, ddr=host)
+                    hbm, ddr = (missing, 0) if cluster.device == "cuda" else (0, missing)
+                    part.storage += types.Storage(hbm=hbm, ddr=ddr)
 
-        # Data parallel is left out: its optimizer state has other keys, so a table could not be resharded.
-        by_default = WHOLE_ROW_SHARDINGS if machines.device == "cuda" else ("table_wise",)
-        # With `min_partition`, the number of parts of a row is that of the settings on any number of ranks, as is then
-        # the state of row-wise Adagrad, which has a number for each part: so a table can be resharded.
+        # Data parallelism is excluded. Its optimizer state has other keys, so a table couldn't be resharded.
+        auto_kinds = WHOLE_ROW_SHARDINGS if cluster.device == "cuda" else ("table_wise",)
+        # `min_partition` fixes the number of column shards, whatever the number of ranks. Row-wise Adagrad has one
+        # value per column shard, so only a fixed number lets a table be resharded.
         constraints = {
             table.name: types.ParameterConstraints(
-                sharding_types=list(by_default) if kind == "auto" else [kind],
+                sharding_types=list(auto_kinds) if kind == "auto" else [kind],
                 compute_kernels=[EmbeddingComputeKernel.FUSED.value],
                 min_partition=self.settings.shard_columns,
             )
@@ -154,12 +193,12 @@ class ShardingPlanner:
         }
         topology = types.TopologyFactory.create_topology(
             types.TrainerConfig(
-                world_size=machines.world_size,
-                local_world_size=machines.local_world_size,
-                hbm_cap_bytes=machines.gpu_bytes,
-                ddr_cap_bytes=machines.host_bytes // machines.local_world_size,
+                world_size=cluster.world_size,
+                local_world_size=cluster.local_world_size,
+                hbm_cap_bytes=cluster.gpu_bytes,
+                ddr_cap_bytes=cluster.host_bytes // cluster.local_world_size,
             ),
-            kernel_config=types.KernelConfig(compute_device=machines.device),
+            kernel_config=types.KernelConfig(compute_device=cluster.device),
         )
         estimators = [EmbeddingPerfEstimator(topology, constraints), StorageEstimator(topology, constraints)]
         planner = EmbeddingShardingPlanner(
@@ -174,77 +213,86 @@ class ShardingPlanner:
         try:
             return planner.plan(model, sharders) if group is None else planner.collective_plan(model, sharders, group)
         except types.PlannerError:
-            raise self._explain() from None
+            raise self._memory_error() from None
 
-    def _explain(self) -> UserError:
-        tables, machines = used_tables(self.layout), self.machines
-        needed, offered = sum(map(table_bytes, tables)) / GIB, machines.world_size * machines.table_budget_bytes / GIB
+    def _memory_error(self) -> UserError:
+        tables, cluster = used_tables(self.layout), self.cluster
+        needed, available = sum(map(table_bytes, tables)) / GIB, cluster.world_size * cluster.table_budget_bytes / GIB
         largest = max(tables, key=table_bytes)
         return UserError(
-            f"the embedding tables take {needed:,.1f} GiB with their optimizer and do not fit, beside a step of "
-            f"{self.batch_size:,} rows, into {machines.world_size} rank(s) with {offered:,.1f} GiB for them in all. "
-            f"The largest, '{largest.name}', has {largest.rows:,} rows of {largest.dim} numbers and takes "
-            f"{table_bytes(largest) / GIB:.1f} GiB. Use more ranks, spread rows by `training.sharding`, or lower "
+            f"the embedding tables take {needed:,.1f} GiB with their optimizer. They do not fit, with a step of "
+            f"{self.batch_size:,} rows, into {cluster.world_size} rank(s) with {available:,.1f} GiB for tables in all. "
+            f"The largest table, '{largest.name}', has {largest.rows:,} rows of {largest.dim} columns and takes "
+            f"{table_bytes(largest) / GIB:.1f} GiB. Use more ranks, shard rows by `training.sharding`, or lower "
             "`training.batch_size` or a table's `max_size`, `buckets` or `dim`."
         )
 
     def estimate_plan(self, model: nn.Module) -> tuple[str, list[RankEstimate]]:
-        """The plan for machines that need not be there, as `describe_plan` tells it, and what each rank bears.
+        """Plan for a cluster that need not exist.
 
-        model: over `torchrec_tables` on the device "meta". Raises UserError as `make`.
+        Args:
+            model: Model over `torchrec_tables` on the device "meta".
+
+        Returns:
+            The plan in the words of `describe_plan`, and the load of each rank.
+
+        Raises:
+            UserError: The tables don't fit into the ranks' memory.
         """
         options: list[Any] = []
-        update_in_backward(model, learning_rate=1.0)  # what it keeps takes memory
+        update_in_backward(model, learning_rate=1.0)  # The optimizer state takes memory.
         plan = self.make_plan(model, stats=SimpleNamespace(log=lambda *, best_plan, **_: options.extend(best_plan)))
-        ranks = [RankEstimate(rank, 0, 0, 0.0) for rank in range(self.machines.world_size)]
+        ranks = [RankEstimate(rank, 0, 0, 0.0) for rank in range(self.cluster.world_size)]
         for part in (part for option in options for part in option.shards):
-            rank, tables, taken, time = ranks[part.rank]
+            rank, tables, total, time = ranks[part.rank]
             tables += part.size[0] * (part.size[1] + 1) * _FLOAT
-            taken += part.storage.hbm + part.storage.ddr
-            ranks[rank] = RankEstimate(rank, tables, taken, time + part.perf.total)
+            total += part.storage.hbm + part.storage.ddr
+            ranks[rank] = RankEstimate(rank, tables, total, time + part.perf.total)
         return describe_plan(plan), ranks
 
 
 def describe_plan(plan: Any) -> str:
-    """One line per table."""
+    """Describe torchrec's plan, one line for each table."""
     lines = []
     for module in plan.plan.values():
         for table, parameter in module.items():
             shards = getattr(parameter.sharding_spec, "shards", None) or []
-            split = len({each.shard_offsets[1] for each in shards}) > 1
-            sizes = (f"{each.shard_sizes[0]:,} rows" + f" of {each.shard_sizes[1]} columns" * split for each in shards)
-            places = list(zip((each.placement.rank() for each in shards), sizes, strict=True))
-            lines.append(f"{table}: {parameter.sharding_type} ({', '.join(merge_adjacent_ranks(places))})")
+            split = len({part.shard_offsets[1] for part in shards}) > 1
+            sizes = (f"{part.shard_sizes[0]:,} rows" + f" of {part.shard_sizes[1]} columns" * split for part in shards)
+            ranks = list(zip((part.placement.rank() for part in shards), sizes, strict=True))
+            lines.append(f"{table}: {parameter.sharding_type} ({', '.join(merge_adjacent_ranks(ranks))})")
     return "\n".join(lines)
 
 
 def merge_adjacent_ranks(ranks: Sequence[tuple[int, str]]) -> list[str]:
-    """The text on each rank, once for neighbours with the same text."""
+    """Join (rank, text) pairs to lines, one for adjacent ranks with the same text."""
     lines = []
     for text, group in itertools.groupby(ranks, key=itemgetter(1)):
-        numbers = sorted({rank for rank, _ in group})  # one may have several parts of a row
+        numbers = sorted({rank for rank, _ in group})  # A rank may have several column shards of a table.
         first, last = numbers[0], numbers[-1]
-        together = f"{first}-{last}" if len(numbers) == last - first + 1 else ", ".join(map(str, numbers))
-        who = f"rank {first}" if len(numbers) == 1 else f"each of ranks {together}"
-        lines.append(f"{who}: {text}")
+        numbers_text = f"{first}-{last}" if len(numbers) == last - first + 1 else ", ".join(map(str, numbers))
+        subject = f"rank {first}" if len(numbers) == 1 else f"each of ranks {numbers_text}"
+        lines.append(f"{subject}: {text}")
     return lines
 
 
 def table_bytes(table: EmbeddingTable) -> int:
-    """Bytes of a table's weights as they are stored, and of row-wise Adagrad's one number a row."""
+    """Return the bytes of a table's padded weights and of row-wise Adagrad's one value per row."""
     return table.rows * (padded_dim(table.dim) + 1) * _FLOAT
 
 
-# Models spread over the running ranks.
+# Models sharded over the running ranks.
 
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """A model spread over the ranks.
+    """A model whose tables are sharded over the ranks.
 
-    model: torchrec's DistributedModelParallel, or `SingleProcessModel`, called with a `Batch`; table_optimizer: its
-    fused row-wise Adagrad, which updates the tables within the backward pass and takes its learning rate from
-    `param_groups` at `zero_grad()` and `step()`; plan: a line for each table, how and where it is stored.
+    Attributes:
+        model: torchrec's DistributedModelParallel or `SingleProcessModel`, to be called with a `Batch`.
+        table_optimizer: Fused row-wise Adagrad, which updates the tables in the backward pass. It reads the learning
+            rate from `param_groups` at `zero_grad()` and `step()`.
+        plan: Sharding of the tables, one line for each table.
     """
 
     model: Any
@@ -253,21 +301,26 @@ class ShardedModel:
 
     @property
     def pipelined(self) -> bool:
-        """Whether torchrec's pipeline takes the model: there are tables, on other ranks or on another device."""
+        """Whether torchrec's pipeline can train the model, which needs tables and several ranks or a GPU."""
         if isinstance(self.model, SingleProcessModel):
             return False
-        elsewhere = dist.get_world_size() > 1 or self.model.device.type != "cpu"
-        return bool(self.plan) and elsewhere
+        is_remote = dist.get_world_size() > 1 or self.model.device.type != "cpu"
+        return bool(self.plan) and is_remote
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter of all that is not a table: what a dense optimizer steps."""
+        """Return all parameters except tables, by name, for a dense optimizer."""
         named = self.model.module.named_parameters()
         return {name: parameter for name, parameter in named if not name.startswith("tables.")}
 
 
-def training_tables(layout: ModelLayout, way: TableBackend) -> nn.Module:
-    """Return the tables of a backend, which `shard` takes as those of a model."""
-    return torchrec_tables(layout, torch.device("meta")) if way == "fbgemm" else SingleProcessTables(layout)
+def training_tables(layout: ModelLayout, backend: TableBackend) -> nn.Module:
+    """Create the tables of a model for `shard`.
+
+    Args:
+        layout: The model's tables and inputs.
+        backend: Implementation of the tables.
+    """
+    return torchrec_tables(layout, torch.device("meta")) if backend == "fbgemm" else SingleProcessTables(layout)
 
 
 def shard(
@@ -279,38 +332,48 @@ def shard(
     settings: Training,
     row_initializer: RowInitializer | None = None,
 ) -> ShardedModel:
-    """Spreads a model over `training_tables` over the ranks of the current process group.
+    """Shard a model over the ranks of the current process group. Without tables, this is plain data parallelism.
 
-    batch_size: rows a rank and step. Tables start from `row_initializer`, by default `initial_rows`. A
-    layout without tables gives plain data parallelism. Raises UserError when the tables do not fit into memory, or the
-    sharding is not on offer.
+    Args:
+        model: Model over `training_tables`.
+        layout: The model's tables and inputs.
+        device: Device of this rank.
+        batch_size: Rows per rank and step.
+        settings: Training settings.
+        row_initializer: Initial weights of table rows. Defaults to `initial_rows`.
+
+    Returns:
+        The sharded model.
+
+    Raises:
+        UserError: The tables don't fit into memory, or the device doesn't support the kind of sharding.
     """
     row_initializer = row_initializer or (lambda table, first, last: initial_rows(table, settings.seed, first, last))
     check_sharding(settings.sharding, device.type)
     tables = model.get_submodule("tables")
     if isinstance(tables, SingleProcessTables):
-        one = SingleProcessModel(model)
-        _fill_tables(one, layout, row_initializer)
+        single = SingleProcessModel(model)
+        _fill_tables(single, layout, row_initializer)
         lines = [f"{table.name}: one process ({table.rows:,} rows)" for table in used_tables(layout)]
-        return ShardedModel(one, RowWiseAdagrad(tables, settings.table_learning_rate), "\n".join(lines))
+        return ShardedModel(single, RowWiseAdagrad(tables, settings.table_learning_rate), "\n".join(lines))
 
     from torchrec.distributed.model_parallel import DistributedModelParallel
     from torchrec.distributed.types import ShardingPlan
     from torchrec.streamable import Pipelineable
 
-    Pipelineable.register(Batch)  # torchrec's pipelines accept only what they know as one
+    Pipelineable.register(Batch)  # torchrec's pipelines accept only registered classes.
     plan = ShardingPlan({})
-    planning = ShardingPlanner(layout, _machines(device), batch_size, settings)
+    planner = ShardingPlanner(layout, _running_cluster(device), batch_size, settings)
     if used_tables(layout):
         update_in_backward(model, settings.table_learning_rate)
-        plan = planning.make_plan(model, dist.group.WORLD)
+        plan = planner.make_plan(model, dist.group.WORLD)
     with warnings.catch_warnings():
-        # An argument that torchrec hands to torch, deprecated there.
+        # torchrec passes an argument to torch that is deprecated there.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        # Wrapping the dense part also moves it; on a CPU alone there is neither to do.
-        alone = device.type == "cpu" and dist.get_world_size() == 1
+        # Data parallelism wraps the dense part and moves it to the device. A single CPU process needs neither.
+        single = device.type == "cpu" and dist.get_world_size() == 1
         parallel = DistributedModelParallel(
-            model, device=device, plan=plan, sharders=planning.sharders(), init_data_parallel=not alone
+            model, device=device, plan=plan, sharders=planner.sharders(), init_data_parallel=not single
         )
     if device.type == "cpu":
         copy_cpuinfo_to_fbgemm()
@@ -318,13 +381,13 @@ def shard(
     return ShardedModel(parallel, parallel.fused_optimizer, describe_plan(plan))
 
 
-def _machines(device: torch.device) -> Cluster:
-    """The machines that train."""
+def _running_cluster(device: torch.device) -> Cluster:
+    """Describe the machines of the running ranks."""
     kind = cast("Literal['cpu', 'cuda']", device.type)
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    card = torch.cuda.get_device_properties(device).total_memory if kind == "cuda" else 0
-    ranks_of_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun has started them
-    return Cluster(dist.get_world_size(), ranks_of_machine, kind, card, host)
+    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    gpu_bytes = torch.cuda.get_device_properties(device).total_memory if kind == "cuda" else 0
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun sets this variable.
+    return Cluster(dist.get_world_size(), local_world_size, kind, gpu_bytes, host_bytes)
 
 
 @torch.no_grad()
@@ -337,26 +400,33 @@ def _fill_tables(parallel: Any, layout: ModelLayout, row_initializer: RowInitial
 
 
 def _local_parts(stored: Any) -> list[tuple[Sequence[int], Tensor]]:
-    """First row and column, and the storage itself, of each part of a table that this rank has."""
+    """Return the first row and column, and the storage, of each part of a table on this rank."""
     if hasattr(stored, "local_shards"):
-        return [(each.metadata.shard_offsets, each.tensor) for each in stored.local_shards()]
+        return [(part.metadata.shard_offsets, part.tensor) for part in stored.local_shards()]
     return [((0, 0), stored)]
 
 
 class Optimizers:
-    """Steps tables and dense parameters together. Its state goes by the names of parameters, on any number of ranks.
+    """Optimizers of tables and dense parameters as one optimizer.
 
-    dense: AdamW of all that is not a table.
+    The state is keyed by parameter names, so it is the same on any number of ranks.
+
+    Args:
+        sharded: Model to optimize.
+        settings: Training settings, for the learning rate and weight decay of dense parameters.
+
+    Attributes:
+        dense: AdamW of all parameters except tables.
     """
 
     def __init__(self, sharded: ShardedModel, settings: Training) -> None:
         self._tables = sharded.table_optimizer
         self._named = sharded.dense_parameters()
         groups: list[dict[str, Any]] = [
-            {"params": [each for name, each in self._named.items() if name != LOG_VARIANCES]}
+            {"params": [parameter for name, parameter in self._named.items() if name != LOG_VARIANCES]}
         ]
         if LOG_VARIANCES in self._named:
-            # Decay would pull the weights of tasks toward 1.
+            # Weight decay would pull the learned task weights toward 1.
             groups.append({"params": [self._named[LOG_VARIANCES]], "weight_decay": 0.0})
         self.dense = torch.optim.AdamW(
             groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
@@ -364,27 +434,30 @@ class Optimizers:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of the tables, then that of the dense part; each with the learning rate `lr` of its next step."""
+        """Groups of the tables, then of the dense parameters. `lr` is the learning rate of a group's next step."""
         return [*self._tables.param_groups, *self.dense.param_groups]
 
     def zero_grad(self) -> None:
+        """Reset the gradients of dense parameters, and apply the tables' learning rate."""
         self._tables.zero_grad()
         self.dense.zero_grad(set_to_none=True)
 
     def step(self) -> None:
+        """Update the dense parameters, and apply the tables' learning rate."""
         self._tables.step()
         self.dense.step()
 
     def init_state(self) -> None:
-        """Makes the state that AdamW would make at its first step, as only what is there can be filled.
+        """Create the state of AdamW's first step, so that a checkpoint can be loaded into it.
 
-        Weights may change: they are to be filled afterwards.
+        This may change weights, so load them afterward.
         """
         for parameter in self._named.values():
             parameter.grad = torch.zeros_like(parameter)
         self.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """`state`: name of a parameter -> its state; the tensors are those that are stepped."""
-        state = {name: dict(self.dense.state[each]) for name, each in self._named.items() if each in self.dense.state}
+        """Return {"state": state of each parameter by name}. The tensors are not copied."""
+        dense, named = self.dense.state, self._named.items()
+        state = {name: dict(dense[parameter]) for name, parameter in named if parameter in dense}
         return {"state": {**self._tables.state_dict()["state"], **state}}

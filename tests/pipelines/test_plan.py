@@ -60,7 +60,7 @@ def test_tables_that_do_not_fit_are_named_with_their_sizes(capsys: pytest.Captur
     assert said.count("\n") == 1
     actual = re.search(
         r"the embedding tables take ([\d,.]+) GiB .* do not fit, .* into 8 rank\(s\) with ([\d,.]+) GiB .*\. "
-        r"The largest, 'viewer', has ([\d,]+) rows of 64 numbers and takes ([\d,.]+) GiB\. Use more ranks, spread",
+        r"The largest table, 'viewer', has ([\d,]+) rows of 64 columns and takes ([\d,.]+) GiB\. Use more ranks, shard",
         said,
     )
     assert actual is not None, said
@@ -101,7 +101,7 @@ def test_half_of_the_bits_take_less_of_a_step(capsys: pytest.CaptureFixture) -> 
         (["--world-size", "12"], "--world-size 12 is not a multiple of --local-world-size 8"),
         (
             ["--world-size", "16", "--device", "cpu", "--training.sharding", "row_wise"],
-            "training.sharding is row_wise, which torchrec has on GPUs alone: on CPUs set it to auto, table_wise or",
+            "training.sharding is row_wise, which torchrec supports only on GPUs. On CPUs, set it to auto, table_",
         ),
         (["--world-size", "8192"], "--world-size 8192 exceeds the limit of 4,096 ranks"),
         *[

@@ -142,5 +142,5 @@ def test_a_row_that_a_table_does_not_have_is_named(wrong: int, longest: int) -> 
     tables = Tables([4, 4, 4, 4], seed=0)
     bags = random_bags(np.random.default_rng(0), 9, longest)
     bags[2][4] = [wrong]
-    with pytest.raises(UserError, match=rf"table 't2' has 30 rows, and row {wrong} was looked up"):
+    with pytest.raises(UserError, match=rf"table 't2' has 30 rows, but row {wrong} was looked up"):
         tables.look_up(bags)

@@ -113,9 +113,7 @@ def _fail_at_first_and_leave_rank_0_alone(rank: int, world: int, port: int, fold
 def test_ranks_learn_why_the_first_has_failed_and_that_one_is_lost(tmp_path: Path) -> None:
     spawn(_fail_at_first_and_leave_rank_0_alone, tmp_path)
     said = (tmp_path / "said").read_text()
-    assert said.startswith(
-        "another of 2 ranks ended or gave no answer, so rank 0 can't go on. Read its own output, then "
-    )
+    assert said.startswith("Another of 2 ranks ended or doesn't respond, so rank 0 stops (")
 
 
 def test_split_columns_are_those_of_whole_rows(tmp_path: Path) -> None:

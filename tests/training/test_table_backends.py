@@ -36,7 +36,7 @@ def test_the_setting_takes_what_there_is() -> None:
 def test_plain_tables_are_not_spread() -> None:
     settings = Training(device="cpu", table_backend="torch", sharding="column_wise")
     with (
-        pytest.raises(UserError, match=r"sharding is column_wise, and .* Set one of them"),
+        pytest.raises(UserError, match=r"sharding is column_wise, but .* Set either"),
         training_process_group(settings),
     ):
         pass
@@ -46,14 +46,14 @@ def test_without_torchrec(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables_module, "torchrec_installed", lambda: False)
     assert choose_table_backend("auto", "cpu") == "torch"
     with pytest.raises(
-        UserError, match=r"table_backend is fbgemm, but torchrec and fbgemm are not installed: .* torch$"
+        UserError, match=r"table_backend is fbgemm, but torchrec and fbgemm are not installed\. .* torch\.$"
     ):
         choose_table_backend("fbgemm", "cpu")
     with pytest.raises(
-        UserError, match=r"^training on several processes needs torchrec.*; or start it without torchrun$"
+        UserError, match=r"^training on several processes needs torchrec.*, or start it without torchrun\.$"
     ):
         choose_table_backend("auto", "cpu", ranks=2)
-    with pytest.raises(UserError, match=r"^training on a GPU needs torchrec.*; or set training\.device to cpu$"):
+    with pytest.raises(UserError, match=r"^training on a GPU needs torchrec.*, or set training\.device to cpu\.$"):
         choose_table_backend("auto", "cuda")
 
 
