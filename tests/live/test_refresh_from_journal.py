@@ -153,7 +153,7 @@ def _failure(app: Application) -> str | None:
 def _told(app: Application) -> str:
     told = _failure(app)
     answer = ask(app, {"inputs": [asked(TIMES[0], 5)]})
-    assert answer.tree["predictions"][0]["warnings"][-1] == f"some events are not counted: {told}"
+    assert answer.tree["predictions"][0]["warnings"][-1] == f"the reply ignores some events: {told}"
     return str(told)
 
 

@@ -136,7 +136,7 @@ def test_no_error_ends_the_looking(caplog: pytest.LogCaptureFixture) -> None:
     told = ["OSError: the store is down", "there is no such alias", "RuntimeError: can't start new thread"]
     assert failures == [None, told[0], told[0], told[1], None, told[1], told[2], None]
     assert [record.getMessage() for record in caplog.records] == [
-        f"can't look for another model: {sentence}" for sentence in told
+        f"checking for a new model failed: {sentence}" for sentence in told
     ], "each once"
 
 
