@@ -351,7 +351,7 @@ def check_slice_guardrail(
     )
     tested_slices = dict.fromkeys((record.by, record.slice) for record, _ in tested)
     number, by = len(tested_slices), ", ".join(dict.fromkeys(by for by, _ in tested_slices))
-    finding = f"of {number} slices by {by} no slice has significantly"
+    finding = f"none of {number} slices by {by} has, significantly,"
     limit = f"a loss of more than {margin:g} (evaluation.max_metric_drop)"
     if losing:
         more = f", and in {len(losing) - MAX_LISTED_SLICES} more" if len(losing) > MAX_LISTED_SLICES else ""

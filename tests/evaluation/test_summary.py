@@ -135,7 +135,9 @@ def test_requests_that_rank_nothing_are_left_out_and_counted(log: Log) -> None:
     assert {name: summary["score"][name] for name in left_out} == left_out
     assert min(left_out.values()) > 0
     total = sum(left_out.values())
-    assert any(each.startswith(f"score: {total} of {summary['requests']} requests rank nothing") for each in notes(log))
+    assert any(
+        each.startswith(f"score: {total} of {summary['requests']} requests have no ranking") for each in notes(log)
+    )
 
 
 def test_ndcg_of_labels_that_differ_by_little_beside_their_size_is_told_of(log: Log) -> None:
