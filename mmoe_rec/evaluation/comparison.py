@@ -249,7 +249,7 @@ def decide(
     """
     difference, both = differences.objective, f"'{model}' and '{other}'"
     if objective is None or difference.p_value is None or difference.value is None:
-        reason = f"no task has enough labels ({MIN_RARER_ROWS} rows of either)"
+        reason = f"every task has fewer than {MIN_RARER_ROWS} rows of one label"
         if objective is not None:
             no_interval = "has no interval, as one user decides nearly alone, or many redraws leave it undefined"
             reason = f"{objective.name} {'is undefined' if difference.value is None else no_interval}"
@@ -257,7 +257,7 @@ def decide(
     metric = objective.name
     if not difference.is_significant:
         change = f"{metric} differs by {difference.format()}"
-        message = f"no difference is shown between {both}{difference.correction_note}: {change}"
+        message = f"there is no significant difference between {both}{difference.correction_note}: {change}"
         if difference.low == difference.high == 0:
             message = f"{both} do not differ: {metric} is the same"
         return Verdict(Outcome.NOT_SIGNIFICANT, message, tuple(guardrails))
@@ -268,7 +268,7 @@ def decide(
     if is_gain and (failed := [guard.message for guard in guardrails if not guard.passed]):
         beats = f"although {metric} is {direction} than that of '{other}' by {size}"
         return Verdict(
-            Outcome.BLOCKED, f"'{model}' is not called better, {beats}: {'; '.join(failed)}", tuple(guardrails)
+            Outcome.BLOCKED, f"'{model}' is not accepted as better, {beats}: {'; '.join(failed)}", tuple(guardrails)
         )
     kind = Outcome.BETTER if is_gain else Outcome.WORSE
     return Verdict(kind, f"'{model}' is {kind} than '{other}': {metric} is {direction} by {size}", tuple(guardrails))
@@ -314,9 +314,9 @@ def check_guardrails(
         is_outside = low > rules.max_calibration_ratio or high < 1 / rules.max_calibration_ratio
         passed = not (is_outside and distance_from_one(ratio.value) > distance_from_one(reference_ratio.value))
         message = (
-            f"the probabilities of {task} are {ratio.format(2)} times what was observed, which is "
-            f"{'beyond' if is_outside else 'not shown to be beyond'} a factor of {rules.max_calibration_ratio:g} "
-            f"(evaluation.max_calibration_ratio); those of '{reference_name}' are {reference_ratio.value:.2f} times"
+            f"the probabilities of {task} are {ratio.format(2)} times the mean label, which is "
+            f"{'beyond' if is_outside else 'not significantly beyond'} a factor of {rules.max_calibration_ratio:g} "
+            f"(evaluation.max_calibration_ratio). For '{reference_name}', the factor is {reference_ratio.value:.2f}"
         )
         yield Guardrail(task, "calibration", passed, message)
 
@@ -351,7 +351,7 @@ def check_slice_guardrail(
     )
     tested_slices = dict.fromkeys((record.by, record.slice) for record, _ in tested)
     number, by = len(tested_slices), ", ".join(dict.fromkeys(by for by, _ in tested_slices))
-    finding = f"of {number} slices by {by} none is shown to have"
+    finding = f"none of {number} slices by {by} has, significantly,"
     limit = f"a loss of more than {margin:g} (evaluation.max_metric_drop)"
     if losing:
         more = f", and in {len(losing) - MAX_LISTED_SLICES} more" if len(losing) > MAX_LISTED_SLICES else ""

@@ -36,7 +36,7 @@ def describe_metrics(summary: Summary) -> list[str]:
 def describe_excluded_tasks(compared: Comparison) -> list[str]:
     """Return a sentence for each task that was not judged."""
     return [
-        f"{task} was not judged: {rows:,} rows have its rarer label, and {MIN_RARER_ROWS} are needed"
+        f"{task} was not compared: {rows:,} rows have its rarer label, and {MIN_RARER_ROWS} are needed"
         for task, rows in compared.excluded_tasks.items()
     ]
 
@@ -46,7 +46,7 @@ def describe_slices(records: Sequence[SliceRecord]) -> Iterator[str]:
     worse = [record.message for record in sort_worst_first(records) if record.is_worse]
     yield from worse[:MAX_LISTED_SLICES]
     if (more := len(worse) - MAX_LISTED_SLICES) > 0:
-        yield f"{more} more {'is' if more == 1 else 'are'} shown to be worse; the report has all"
+        yield f"{more} more {'slice is' if more == 1 else 'slices are'} significantly worse (see the report)"
 
 
 def describe_cautions(results: Results) -> Iterator[str]:
@@ -71,7 +71,7 @@ def describe_notes(summary: Summary) -> Iterator[str]:
     if 0 < sum(counts.values()) < summary.requests:  # if no request is left, another note explains it
         reasons = ", ".join(words.format(f"{count:,}") for words, count in counts.items() if count)
         total = f"{sum(counts.values()):,} of {summary.requests:,} requests"
-        yield f"score: {total} rank nothing and are left out: {reasons}."
+        yield f"score: {total} have no ranking to measure and are left out: {reasons}."
 
 
 def explain_summary(summary: Summary) -> str | None:
@@ -81,8 +81,8 @@ def explain_summary(summary: Summary) -> str | None:
     if not summary.one_row_per_user:
         return None
     return (
-        "Each row is a user of its own, so nothing ranks within users or requests (GAUC, NDCG, MRR), and intervals "
-        "redraw rows."
+        "Each user has one row, so metrics within users or requests (GAUC, NDCG, MRR) are missing, and intervals "
+        "resample rows."
     )
 
 
@@ -115,20 +115,20 @@ def explain_group(summary: Summary, name: str) -> str | None:
     ]
     if undefined := [metric.name for metric in shown if group.get(metric.name).value is None]:
         rows, positives = group.counts.get("rows", 0), group.counts.get("positives")
-        reason = "labels do not differ, or not within any user or request"
+        reason = "labels are the same in all rows, or within each user or request"
         if positives in (0, rows):
             reason = f"all {rows:,} labels are {int(positives > 0)}"
         sentences.append(f"{', '.join(undefined)} {'is' if len(undefined) == 1 else 'are'} undefined: {reason}.")
     few = group.effective_users
     if few is not None and summary.users > 1:
         sentences.append(
-            "Few users have most of the rows, the weight or the positive labels: the effective number of users is "
+            "Few users have most of the rows, weights or positive labels. The effective number of users is "
             f"{few:.1f}, so intervals are wide or missing."
         )
     bare = [name for name, metric in group.metrics.items() if metric.value is not None and metric.low is None]
     if bare and summary.users > 1:
         reason = (
-            "the same for all users, or undefined in more than 5% of the resamples, or one user decides nearly alone"
+            "values are the same for all users, are undefined in more than 5% of the resamples, or depend on one user"
         )
         sentences.append(f"{', '.join(bare)} {'has' if len(bare) == 1 else 'have'} no interval: {reason}.")
     return " ".join(sentences) or None
@@ -216,7 +216,7 @@ def _in_task(name: str, task: GroupSummary) -> Iterator[tuple[FindingKind, str]]
     advice = "fit their calibration on other rows than these, or look for drift with `mmoe-rec inspect`"
     if is_far and is_significant:
         direction = "high" if ratio.value > 1 else "low"
-        size = f"too {direction}: {ratio.value:.2f} times what was observed{ends}"
+        size = f"too {direction}: {ratio.value:.2f} times the mean label{ends}"
         yield FindingKind.CALIBRATION, f"the probabilities of '{name}' are {size}; {advice}"
     elif not ranking and mostly_outside and (task.details["ece"] or 0.0) >= MAX_PLAUSIBLE_ECE:
         size = f"off by {task.details['ece']:.2g} on average (ece)"

@@ -222,7 +222,7 @@ def read_predictions(columns: PredictionColumns, files: Sequence[FileInfo]) -> t
     """
     tables = [table for file in files if (table := _read_file(columns, file.uri)) is not None]
     if not tables:
-        raise UserError(f"'{files[0].uri}'{' and the other files' * (len(files) > 1)} hold no row to evaluate")
+        raise UserError(f"'{files[0].uri}'{' and the other files' * (len(files) > 1)} contain no row to evaluate")
     try:
         table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
     except pa.ArrowTypeError as error:
@@ -283,8 +283,8 @@ def _check_requests(columns: PredictionColumns, table: pa.Table) -> None:
         if len(duplicates := shown.filter(pc.field("count_all") > 1)):
             request, candidate = (duplicates[name][0].as_py() for name in ("request", "candidate"))
             raise UserError(
-                f"request {request!r} has candidate {candidate!r} more than once, as where files of two models, or a "
-                "file and its copy, lie together; --keep-duplicates counts all rows"
+                f"request {request!r} has candidate {candidate!r} more than once, perhaps because files of two "
+                "models, or copies of a file, are in one folder. To count all rows, add --keep-duplicates."
             )
 
 
@@ -362,7 +362,7 @@ class _FileRows:
 
 def _hint(columns: PredictionColumns, name: str) -> str:
     if name in {by.column for by in columns.slices}:
-        return ", by which rows are to be sliced (--slices, evaluation.slices)"
+        return ", by which --slices groups rows (or  evaluation.slices)"
     part = next((part for part, column in columns.by_part().items() if column == name), "request")
     kind, _, task = part.partition("_")
     descriptions = {"label": f", the labels of task '{task}': mmoe-rec score writes them with --labels"}
@@ -411,9 +411,7 @@ def evaluate_predictions(
         if is_inside or any(
             Path(os.path.realpath(file.uri)).is_relative_to(real_out) for file in files if not is_remote(file.uri)
         ):
-            raise UserError(
-                f"--out '{out}' lies in '{path}' with the predictions, or contains them; name another folder"
-            )
+            raise UserError(f"--out '{out}' overlaps with the predictions in '{path}'. Give another folder.")
     columns_by_source = {source: match_columns(columns, files_by_source[source])}
     for path in against:
         try:

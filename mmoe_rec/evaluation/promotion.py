@@ -94,7 +94,7 @@ def promote_trained(
     better, reason = compare_with_champion(settings, prepared, model, artifact, champion)
     if (latest_champion := registry.find_champion(name, alias, uri)) != champion:
         better = False
-        reason = f"'{alias}' has moved meanwhile: compare with `mmoe-rec promote`"
+        reason = f"'{alias}' has moved during the comparison. Compare again with `mmoe-rec promote`."
         champion = latest_champion
     decision = {"promoted": str(better), "compared": reason}
     run.set_tags(decision)
@@ -131,7 +131,7 @@ def compare_with_champion(
     """
     alias, name = settings.tracking.alias, "this model"
     if champion is None:
-        return True, f"no model held '{alias}' before"
+        return True, f"'{alias}' belonged to no model before"
     try:
         folder = registry.fetch_model(champion.uri, settings.tracking.resolved_uri)
         ranker = _load(folder)
@@ -163,14 +163,14 @@ def compare_with_champion(
 
 def _judge_trouble(trouble: Exception, champion: ModelVersion, alias: str, is_loaded: bool = False) -> tuple[bool, str]:
     """Decide whether a champion that can't be loaded or compared is replaced. Returns the decision and the reason."""
-    version, problem = f"version {champion.number}, which holds '{alias}',", _one_line(trouble)
+    version, problem = f"version {champion.number} (alias '{alias}')", _one_line(trouble)
     # These errors occur on every machine. Other errors, such as lack of memory, may occur here alone.
     is_broken = isinstance(trouble, UserError) or "not finite numbers" in problem
     if is_broken and not is_loaded and not isinstance(trouble, PredictionMismatchError):
         return True, f"{version} can't be served any more: {problem}"
     return (
         False,
-        f"{version} can't be compared here: {problem}; to serve another version, move the alias by hand",
+        f"{version} can't be compared on this machine: {problem}. To serve another version, move the alias by hand.",
     )
 
 
@@ -199,7 +199,7 @@ def _score_by_champion(
         return score(ranker.model, ranker.layout, validation)
     if "extends" in manifest and (extended := _grow(prepared, ranker, folder)) is not None:
         return score(*extended, validation)
-    say(f"encoding the validation rows for {name}, which has other features")
+    say(f"encoding the validation rows for {name}, whose features differ")
     with open_encoded_split(settings, folder, ranker, "validation") as rows:
         return score(ranker.model, ranker.layout, rows)
 
@@ -209,8 +209,8 @@ def _open_judging_rows(folder: Path, layout: ModelLayout) -> EncodedDataset:
     rows = EncodedDataset(folder, layout, part=ValidationPart.EVALUATION)
     if not rows.uses_part:
         raise UserError(
-            "the validation rows have too few users with labels: one half of them chooses the model, and the other has "
-            "to judge it. Give the validation split rows of more users"
+            "the validation rows have too few users with labels. Half of the users select the model, and the other "
+            "half compares it. Extend the validation split to more users."
         )
     return rows
 
@@ -245,10 +245,10 @@ def promote_version(settings: Settings, challenger: str, out: Path) -> Decision:
     name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.resolved_uri
     version, champion = _find_version(name, challenger, uri), registry.find_champion(name, alias, uri)
     if champion == version:
-        return Decision(version.uri, True, (f"version {version.number} holds '{alias}' already",))
+        return Decision(version.uri, True, (f"version {version.number} has the alias '{alias}' already",))
     better, reasons, results = _judge_versions(settings, version, champion, out)
     if better and registry.find_champion(name, alias, uri) != champion:
-        better, reasons = False, [f"'{alias}' has moved meanwhile: run the command again"]
+        better, reasons = False, [f"'{alias}' has moved while this command ran. Run the command again."]
     if better:
         registry.move_alias(name, alias, version.number, uri, champion)
     tags = {"promoted": f"'{alias}' since this comparison" if better else "no", "compared": "; ".join(reasons)[:4000]}
@@ -267,7 +267,7 @@ def _judge_versions(
     if isinstance(challenger_model, Exception):
         return False, [f"version {version.number} can't be served: {_one_line(challenger_model)}"], None
     if champion is None:
-        return True, [f"no version held '{alias}' before"], None
+        return True, [f"'{alias}' belonged to no version before"], None
     champion_folder = registry.fetch_model(champion.uri, uri)
     champion_model = _load(champion_folder)
     if isinstance(champion_model, Exception):
@@ -314,21 +314,23 @@ def roll_back(settings: Settings) -> Decision:
     name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.resolved_uri
     champion = registry.find_champion(name, alias, uri)
     if champion is None:
-        raise UserError(f"no version of '{name}' holds '{alias}'")
+        raise UserError(f"no version of '{name}' has the alias '{alias}'")
     previous = champion.find_previous_champion(alias)
     if previous is None:
-        unknown = f"which version of '{name}' held '{alias}' before version {champion.number}"
-        raise UserError(f"it is not known {unknown}; move the alias by hand")
+        unknown = f"the version of '{name}' with the alias '{alias}' before version {champion.number}"
+        raise UserError(f"{unknown} is unknown. Move the alias by hand.")
     version = registry.get_version(name, previous, uri)
     if isinstance(model := _load(registry.fetch_model(version.uri, uri)), Exception):
-        raise UserError(f"version {previous}, which held '{alias}' before, can't be served: {_one_line(model)}")
+        raise UserError(
+            f"version {previous}, which had the alias '{alias}' before, can't be served: {_one_line(model)}"
+        )
     if registry.find_champion(name, alias, uri) != champion:
-        raise UserError(f"'{alias}' has moved meanwhile: run the command again")
+        raise UserError(f"'{alias}' has moved while this command ran. Run the command again.")
     registry.move_alias(name, alias, previous, uri)
     registry.clear_previous_champion(champion, alias, uri)
     registry.tag_version(champion, {"promoted": f"no more: '{alias}' went back to version {previous}"}, uri)
     registry.tag_version(version, {"promoted": f"'{alias}' again, after version {champion.number}"}, uri)
-    sentence = f"'{alias}' is version {previous} again, which held it before version {champion.number}"
+    sentence = f"'{alias}' is version {previous} again, as before version {champion.number}"
     if (as_of := model.info.tables_as_of) is None:  # the log has no times
         return Decision(version.uri, True, (sentence,))
     tables = f"its tables are as of {as_of}: `mmoe-rec refresh` adds newer events"
@@ -343,7 +345,9 @@ def _find_version(name: str, word: str, uri: str) -> ModelVersion:
     if version is None:
         held = ", ".join(f"'{alias}' ({number})" for alias, number in sorted(registry.list_aliases(name, uri).items()))
         others = f"existing aliases are {held}" if held else "there are no aliases"
-        raise UserError(f"no version of '{name}' holds the alias '{word}': {others}; or give the number of a version")
+        raise UserError(
+            f"no version of '{name}' has the alias '{word}'. Give the number of a version, or another alias ({others})."
+        )
     return version
 
 

@@ -211,7 +211,7 @@ def differences_table(compared: Comparison, summary: Summary) -> Table:
                     (metric.label, *(_difference_cell(difference, metric, value) for difference in differences))
                 )
         rows += [(group,), *metric_rows] if metric_rows else []
-    note = f"± half the 95% interval; colored: shown (p < {ALPHA:g}, corrected)"
+    note = f"± half the 95% interval; colored: significant (p <  {ALPHA:g}, corrected)"
     return Table(f"Differences: {compared.model} minus", ("", *compared.differences), rows, note)
 
 

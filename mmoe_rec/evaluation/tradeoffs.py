@@ -42,11 +42,11 @@ def choose_weights(
     """
     tasks = list(settings.tasks)
     if len(tasks) < 2:
-        raise UserError(f"the settings have one task, '{tasks[0]}': there is nothing to weigh")
+        raise UserError(f"the settings have one task, '{tasks[0]}', so there are no weights to choose")
     if unknown := [name for name in (goal, *margins) if name not in tasks]:
         raise UserError(f"there is no task '{unknown[0]}'; the settings have {', '.join(tasks)}")
     if goal in margins:
-        raise UserError(f"'{goal}' is the goal, and can't be kept as well")
+        raise UserError(f"'{goal}' is the goal, so it can't be in --max-drop")
     margins = {name: margins.get(name, settings.evaluation.max_metric_drop) for name in tasks if name != goal}
     weights = make_grid([task.score_weight for task in settings.tasks.values()])
     sources = sources or [
@@ -54,7 +54,9 @@ def choose_weights(
     ]
     rows = [load_predictions(columns_from_settings(settings), source, "--predictions") for source in sources]
     if any(len(part.requests.unique()) == len(part.requests) for part in rows):
-        raise UserError("every request of the validation or test rows has one row, which no weights can rank")
+        raise UserError(
+            "each request of the validation or test rows has only one row, so there is no ranking to improve"
+        )
     on_validation, on_test = (WeightSweep(part, tasks, weights, settings.evaluation.resamples) for part in rows)
     chosen, front = on_validation.choose(goal, margins), on_test.find_pareto_front()
     notes, main, more = {chosen: "chosen", 0: "the settings'"}, list[Row](), list[Row]()
@@ -62,7 +64,10 @@ def choose_weights(
         ratios = " : ".join(f"{weight:.3g}" for weight in weights[number])
         row = (ratios, *(f"{value:.4f}" for value in values), notes.get(number, ""))
         (main if front[number] or number in notes else more).append(row)
-    headline, sentences = f"no weights serve {goal} better within the losses allowed: keep those of the settings", []
+    headline, sentences = (
+        f"no other weights improve {goal} within the allowed losses, so keep the weights of the settings",
+        [],
+    )
     if chosen:  # the first weights are those of the settings
         named = zip(tasks, weights[chosen], strict=True)
         headline = f"set {', '.join(f'tasks.{task}.score_weight to {weight:.4g}' for task, weight in named)}"
@@ -74,7 +79,7 @@ def choose_weights(
         sentences = [f"{task}: NDCG@10 changes by {change} on the test rows" for task, change in changes.items()]
         if (differences[goal].low or 0.0) <= 0:
             sentences.append(
-                f"the gain of {goal} is not significant on the test rows: the settings' weights may be as good"
+                f"the gain of {goal} is not significant on the test rows, so the settings' weights may be as good"
             )
     title, heads = "NDCG@10 of each task by weights in the score, test rows", (" : ".join(tasks), *tasks, "")
     return Report(
@@ -93,7 +98,9 @@ def make_grid(deployed: Sequence[float]) -> list[Weights]:
     """
     total, tasks = sum(deployed), len(deployed)
     if total <= 0 or min(deployed) < 0:
-        raise UserError(f"the tasks have score weights {list(deployed)}; trade-offs need some above 0 and none below")
+        raise UserError(
+            f"the tasks have score weights {list(deployed)}. Set all to 0 or more, and at least one above 0."
+        )
     first, steps = tuple(weight / total for weight in deployed), _STEPS.get(tasks, 2)
     parts = (
         combination for combination in itertools.product(range(steps + 1), repeat=tasks) if sum(combination) == steps

@@ -116,7 +116,7 @@ class JournalRows:
         log_name = batches[0].log_name
         time = schema.columns.time if log_name is None else schema.events[log_name].time
         if time not in table.column_names:
-            raise UserError(f"rows of the journal have no column '{time}', so it is another model's")
+            raise UserError(f"rows of the journal have no column '{time}', so the journal belongs to another model")
         uses = column_uses_by_log(schema)[log_name]
         extra_columns = [name for name in table.column_names if name not in uses and name != EVENT_ID]
         return JournalRows(log_name, _add_missing_columns(table, uses).select([*uses, *extra_columns]))
@@ -313,7 +313,7 @@ class RowValidator:
     def _columns_of(self, log_name: str | None) -> dict[str, _EventColumn]:
         if log_name not in self._columns:
             available = ", ".join(self.schema.events) or "none"
-            raise RequestError(f"there is no log of events {quoted(log_name)}; there are: {available}")
+            raise RequestError(f"there is no event log {quoted(log_name)}. Event logs: {available}")
         return self._columns[log_name]
 
     def _column_problem(self, log_name: str | None, given: Collection[str]) -> str | None:

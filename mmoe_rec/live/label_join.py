@@ -225,9 +225,9 @@ class _Join:
         self.placement = [name for name, role in roles.items() if role == "placement"]
         if self.labels.shown is None and (unexplained := [name for name in self.placement if name != self.labels.rank]):
             raise UserError(
-                f"features read column '{unexplained[0]}' of role placement, but nothing says where candidates were "
-                "shown: set labels.shown to a log of events with that column, or labels.rank to its name if it is the "
-                "rank in the reply"
+                f"features read column '{unexplained[0]}' of role placement, but the settings don't say where "
+                "candidates were shown. Set labels.shown to an event log with that column. If it is the rank in "
+                "the reply, set labels.rank to the column."
             )
         self.requests = self._open_requests(requests)
         logs = dict.fromkeys(window.events for window in self.labels.windows)
@@ -364,7 +364,9 @@ class _Join:
         count, last = self.database.row(f"SELECT count(*), max(time) FROM {table}")
         self.database.run("DROP TABLE loaded")
         columns = ", ".join(source.columns[key] for key in keys)
-        self.counts[f"events '{name}' that came again, lie in the future or lack a value of {columns}"] = rows - count
+        self.counts[f"events '{name}' that are duplicates, are in the future or lack a value of {columns}"] = (
+            rows - count
+        )
         complete_until = (_BEGIN if last is None else last) if until_option is None else until_option
         return complete_until - max(window.length_us for window in self.labels.windows if window.events == name)
 
@@ -495,10 +497,10 @@ def _label_aggregates(index: int, label: LabelSource) -> str:
 def describe(result: JoinResult) -> Iterator[str]:
     """Yield the lines that `join-labels` prints."""
     if result.folder is None:
-        yield "no new rows: no further request has final labels"
+        yield "no new rows: the labels of later requests are not final yet"
     else:
         yield f"{result.rows:,} rows of {result.requests:,} requests up to {format_time(result.until)}"
-    counts = result.counts | ({"requests that wait": result.waiting} if result.waiting else {})
+    counts = result.counts | ({"requests whose labels are not final yet": result.waiting} if result.waiting else {})
     for description, count in sorted(counts.items()):
         yield f"  {description}: {count:,}"
     for reason in result.skipped:

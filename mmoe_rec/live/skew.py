@@ -293,7 +293,7 @@ def _compare(
     rows, distinct = database.row("SELECT count(*), count(DISTINCT row) FROM matched")
     if not rows:
         problem = f"--requests: none of {len(served):,} logged rows can be compared ({_list_reasons(not_compared)})"
-        raise UserError(f"{problem}. Give the period, the model and the log of these requests.")
+        raise UserError(f"{problem}. Use the period, the model and the log of these requests.")
     missing, lost = database.row("SELECT count(*), count(*) FILTER (number IN (SELECT row FROM matched)) FROM missing")
     examples = _examples(database, "SELECT o.*, why FROM missing JOIN offline o USING (number) ORDER BY number")
     replied = distinct + missing - lost
@@ -386,8 +386,7 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
             yield line + (f": {example['why']}" if example["why"] else "")
     if not report["mismatches"]:
         yield (
-            "replies are complete, features are equal to the last bit, predictions and scores agree within "
-            f"{ABSOLUTE_TOLERANCE:g}"
+            f"replies are complete, features are identical, predictions and scores agree within {ABSOLUTE_TOLERANCE:g}"
         )
     reasons = f". Not compared: {_list_reasons(report['not_compared'])}" if report["not_compared"] else ""
     yield f"{report['compared_rows']:,} of {report['logged_rows']:,} logged rows are compared{reasons}"

@@ -108,7 +108,7 @@ class Application:
             for host in Headers(scope=scope).getlist("host"):
                 if re.sub(r":\d*$", "", host).strip("[]").lower() not in allowed_hosts:
                     sentence = (
-                        f"header Host: {quoted(host)} is no name of this server. Start it with --allow-host NAME."
+                        f"header Host: {quoted(host)} is not a name of this server. Start it with --allow-host NAME."
                     )
                     return HttpError(403, sentence, RefusalReason.FOREIGN, "PERMISSION_DENIED")
         authorization = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
@@ -158,7 +158,7 @@ class Application:
     async def _accept_events(self, request: HttpRequest) -> Response:
         """Add the rows of a call to the journal, all or none."""
         if self.events is None:
-            sentence = "this server takes no events: start it with --journal URL"
+            sentence = "this server accepts no events: start it with --journal URL"
             return error_response(HttpError(404, sentence, RefusalReason.NO_JOURNAL, "NOT_FOUND"))
         return await self.events.answer(request)
 
@@ -208,7 +208,10 @@ def _json(tree: dict[str, Any], status: int = 200) -> Response:
 
 
 async def _no_page(request: HttpRequest, error: Any) -> Response:
-    sentences = {404: "there is no such page; POST /invocations ranks", 405: "this page has another method"}
+    sentences = {
+        404: "this path doesn't exist; rank candidates with POST /invocations",
+        405: "this path doesn't support the method",
+    }
     sentence = sentences.get(error.status_code, "this request can't be answered")
     code = "RESOURCE_DOES_NOT_EXIST" if error.status_code == 404 else "BAD_REQUEST"
     response = error_response(HttpError(error.status_code, sentence, RefusalReason.PAGE, code))

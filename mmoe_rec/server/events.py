@@ -112,7 +112,7 @@ def _parse_body(tree: Any) -> tuple[str | None, Any]:
     if not isinstance(tree, dict) or "events" not in tree:
         problem = f"the body must be an object such as {EXAMPLE_BODY}"
     elif unknown := tree.keys() - {"events", "log"}:
-        problem = f"a call has no key {quoted(min(unknown))}; valid are events and log"
+        problem = f"a call has no key {quoted(min(unknown))}. Valid keys are events and log."
     elif not isinstance(log_name, str | None):
         problem = "'log' must be the name of one log of events; leave it out for the interaction log"
     if problem is not None:

@@ -109,7 +109,7 @@ class InvocationHandler:
         try:
             if after is not None:
                 if self.follower is None:
-                    sentence = "this server takes no events, so there is nothing to wait for: leave 'after' out"
+                    sentence = "this server accepts no events. Leave out 'after'."
                     raise HttpError(400, sentence, RefusalReason.BODY)
                 await self.follower.wait_for_position(after)
             answers = await self.queue.rank(call.requests, call.candidates, disconnected)
@@ -181,7 +181,9 @@ def _parse_query(query: Mapping[str, str]) -> tuple[bool, str | None]:
     """Return whether errors may replace elements, and the journal position to wait for."""
     for name in query:
         if name not in ("partial", "after"):
-            raise _invalid(f"/invocations has no query parameter {quoted(name)}; there are 'partial' and 'after'")
+            raise _invalid(
+                f"/invocations has no query parameter {quoted(name)}. Valid parameters are 'partial' and 'after'."
+            )
     partial = query.get("partial", "false")
     if partial not in ("true", "1", "false", "0"):
         raise _invalid("the query parameter 'partial' must be true or false")
@@ -234,7 +236,7 @@ async def read_body(request: HttpRequest, limits: Serving) -> bytes:
         slow = f"did not arrive within {limits.read_timeout_seconds:g} seconds (setting `serving.read_timeout_seconds`)"
         raise HttpError(408, f"the body {slow}", RefusalReason.TOO_SLOW, "REQUEST_TIMEOUT") from None
     if size > max_bytes:
-        sentence = f"the body is larger than {limits.max_body_mib} MiB, the most that this server takes"
+        sentence = f"the body is larger than {limits.max_body_mib} MiB, the limit of this server"
         hint = "(setting `serving.max_body_mib`)"
         raise HttpError(413, f"{sentence} {hint}", RefusalReason.TOO_LARGE, "REQUEST_TOO_LARGE")
     return b"".join(parts)
@@ -306,7 +308,7 @@ def _parse_elements(
 ) -> tuple[Any, list[list[int]]]:
     """Return the elements of a call, and for MLflow's data frames also the row indices of each element."""
     if len(forms := [name for name in _KEYS if name in tree and name != "params"]) > 1:
-        raise _invalid(f"a call has either {' or '.join(map(repr, forms))}, not both")
+        raise _invalid(f"a call may contain only one of {' and '.join(map(repr, forms))}")
     if "dataframe_records" in tree:
         if not _is_list_of(rows := tree["dataframe_records"], dict):
             raise _invalid("'dataframe_records' must be a list of objects of columns and values")
@@ -323,7 +325,7 @@ def _parse_elements(
     else:
         return tree.get("inputs"), []
     if rows and not names:
-        raise _invalid("the data frame has rows, and no columns")
+        raise _invalid("the data frame has rows but no columns")
     _check_candidates(len(rows), limits)
     try:
         return group_rows_by_request(ranker.reader, names, columns, params)
@@ -378,7 +380,7 @@ def encode_reply(answers: Answers, events_failure: str | None, partial: bool, ro
         if isinstance(answer, Ranking):
             replies.append(answer.to_dict())
             if events_failure is not None:
-                warning = truncate(f"some events are not counted: {events_failure}")
+                warning = truncate(f"the reply ignores some events: {events_failure}")
                 replies[-1]["warnings"] = [*answer.warnings, warning]
         elif partial:
             replies.append({"error": truncate(str(answer))})

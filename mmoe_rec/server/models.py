@@ -94,8 +94,8 @@ class EventIngester:
         self._is_in_tables = info is not None and info["id"] == self.journal.id
         if info is not None and not self._is_in_tables:
             _log.warning(
-                "the model's tables include another journal than '%s': rows of this journal are ignored if they are no "
-                "later than the tables (%s)",
+                "the model's tables were made with another journal than '%s', so the server ignores rows of this "
+                "journal up to the time of the tables (%s)",
                 self.journal.name,
                 ranker.info.tables_as_of,
             )
@@ -105,8 +105,8 @@ class EventIngester:
         if through < self.position:
             self.events_failure = (
                 f"the journal begins after position {self.position}, and the model's tables include only positions up "
-                f"to {through}: the removed events are in the logs' files, and mmoe-rec refresh --config FILE --model "
-                "models:/NAME@ALIAS, without --journal, makes a version that includes them"
+                f"to {through}. The removed events are in the logs' files. Run mmoe-rec refresh --config FILE --model "
+                "models:/NAME@ALIAS, without --journal, to register a version that includes them."
             )
             _log.warning("%s", self.events_failure)
 
@@ -226,7 +226,7 @@ class ModelManager:
                 ingester.catch_up()
             ranker.rank(**example)
         except RequestError as error:
-            raise UserError(f"the model at '{source.uri}' refuses its own example: {error}") from None
+            raise UserError(f"the model at '{source.uri}' rejects its own example request: {error}") from None
         except UserError:
             raise
         except Exception as error:  # Whatever the error is, the previous model keeps serving.

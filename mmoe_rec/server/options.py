@@ -108,7 +108,7 @@ class CallLimiter:
     def acquire(self) -> Iterator[None]:
         """Count a call as active, or raise HttpError. Acquire before reading the body, which takes memory."""
         if self.active >= self._limits.max_concurrent_calls:
-            sentence = f"{self.active} {self._calls} are active, the most that this server takes at a time"
+            sentence = f"{self.active} {self._calls} are active, the limit of this server"
             hint = "(setting `serving.max_concurrent_calls`); try again"
             raise HttpError(503, f"{sentence} {hint}", RefusalReason.BUSY, "RESOURCE_EXHAUSTED", 1)
         self.active += 1
@@ -154,7 +154,7 @@ def listen(bound: socket.socket) -> None:
 
 
 def _listen_error(address: str, error: OSError) -> UserError:
-    return UserError(f"{address} can't be listened on: {error.strerror or error}")
+    return UserError(f"{address} can't be used for listening: {error.strerror or error}")
 
 
 def url_of(bound: socket.socket) -> str:

@@ -250,7 +250,7 @@ class JournalFollower:
                 self._wake.set()
             if time.monotonic() > until:
                 reason = self.failure or "setting `serving.call_timeout_seconds`"
-                sentence = f"the model has not ingested all events up to {position} in time ({reason}); try again"
+                sentence = f"the model has not ingested all events up to {position} in time ({reason}). Try again."
                 raise HttpError(503, sentence, RefusalReason.BEHIND, "TEMPORARILY_UNAVAILABLE", 1)
             await asyncio.sleep(_POSITION_POLL_SECONDS)
 
@@ -264,7 +264,7 @@ class JournalFollower:
         except Exception as error:  # Whatever the error is, the model keeps serving its last state with a warning.
             if (failure := error_message(error)) != self.failure:
                 is_bug = not isinstance(error, UserError)
-                _log.error("the model ingests no further events: %s", failure, exc_info=is_bug)
+                _log.error("the model can't ingest more events: %s", failure, exc_info=is_bug)
             self.failure, rest = failure, _PAUSE_AFTER_FAILURE_SECONDS
         live = self.ingester.ranker.pipeline.live  # Includes rows that were ingested before serving.
         self._metrics.live_rows.set(live.rows)

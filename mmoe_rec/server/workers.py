@@ -131,7 +131,7 @@ class Reloader:
             source = self._finder.find()
         except Exception as error:  # Whatever the error is, keep this thread alive, as the next attempt may succeed.
             if (sentence := error_message(error)) != self._reported:
-                _log.warning("can't look for another model: %s", sentence)
+                _log.warning("checking for a new model failed: %s", sentence)
             self._reported = sentence
             return sentence
         self._tried, self._served, self._reported = fingerprint, None, None
@@ -324,7 +324,7 @@ class _Parent:
         loader = self._context.Process(target=run_loader, args=(source, self._options, model.path, loader_end))
         loader.start()
         loader_end.close()
-        until, error = time.monotonic() + _LOAD_SECONDS, UserError(f"'{source.uri}' was not loaded in time")
+        until, error = time.monotonic() + _LOAD_SECONDS, UserError(f"'{source.uri}' took too long to load")
         try:
             while not self._stopping.is_set() and time.monotonic() < until:
                 if parent_end.poll(TICK_SECONDS):
@@ -332,7 +332,7 @@ class _Parent:
                     break
         except EOFError:
             loader.join()
-            end = f"was ended by {_describe_end(loader)}; is memory short?"
+            end = f"was ended by {_describe_end(loader)}; is there enough memory?"
             error = UserError(f"the process that loads the model at '{source.uri}' {end}")
         finally:
             loader.kill()
@@ -356,7 +356,9 @@ class _Parent:
         until = time.monotonic() + _SWITCH_SECONDS
         for worker in workers:
             if not worker.is_deployed.wait(max(until - time.monotonic(), 0.0)):
-                _log.warning("worker %s does not switch to the new model and is killed", worker.process.pid)
+                _log.warning(
+                    "worker %s doesn't switch to the new model in time, so the server kills it", worker.process.pid
+                )
                 worker.process.kill()
         previous.close()
         self._metrics.reloads.labels(ReloadOutcome.DONE).inc()
@@ -385,7 +387,7 @@ class _Parent:
         for process in processes:
             process.join(max(until - time.monotonic(), 0.0))
             if process.is_alive():
-                _log.warning("worker %s does not end and is killed", process.pid)
+                _log.warning("worker %s doesn't end in time, so the server kills it", process.pid)
                 process.kill()
                 process.join()
         return int(any(process.exitcode for process in processes))

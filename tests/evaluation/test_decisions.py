@@ -117,9 +117,9 @@ def test_a_model_that_is_held_back_says_why() -> None:
     )
     actual = verdict(build_difference(0.003, 0.002), judged=("bought", "spent"), **groups)
     assert actual.message == (
-        "'new' is not called better, although mean auc of bought, liked is higher than that of 'old' by 0.0030 (0.0010 "
-        "to 0.0050): the r2 of spent changes by -0.0200 (-0.0300 to -0.0100), which is a loss of more than 0.005 "
-        "(evaluation.max_metric_drop)"
+        "'new' is not accepted as better, although mean auc of bought, liked is higher than that of 'old' by 0.0030 "
+        "(0.0010 to 0.0050): the r2 of spent changes by -0.0200 (-0.0300 to -0.0100), which is a loss of more "
+        "than 0.005 (evaluation.max_metric_drop)"
     )
     assert [(guard.task, guard.metric, guard.passed) for guard in actual.guardrails] == [
         ("bought", "auc", True),
@@ -134,7 +134,7 @@ def test_a_model_that_is_held_back_says_why() -> None:
     [
         (10, {}, "blocked"),
         (30, {}, "better"),  # of so many, one is as far off by chance
-        (10, {"difference": -0.03}, "better"),  # is not shown to be beyond the margin
+        (10, {"difference": -0.03}, "better"),  # is not significantly beyond the margin
         (10, {"group": "liked"}, "better"),  # is not judged
         (10, {"compared_to": "all rows"}, "better"),
         (10, {"metric": "ndcg_at_10"}, "better"),
@@ -160,7 +160,7 @@ def test_a_slice_that_is_shown_to_lose_more_than_the_margin_holds_back(number: i
         )
     else:
         assert (
-            " slices by country none is shown to have a loss of more than 0.005 (evaluation.max_metric_drop)" in message
+            " slices by country has, significantly, a loss of more than 0.005 (evaluation.max_metric_drop)" in message
         )
 
 
@@ -174,7 +174,7 @@ def test_slices_that_lose_come_worst_first_and_slices_of_several_tasks_count_onc
         "rows): auc of bought is 0.700, where that of 'old' is 0.760, which is a loss of more than 0.005 "
         "(evaluation.max_metric_drop), corrected for the 3 slices by country"
     )
-    message = "of 3 slices by country none is shown to have a loss of more than 0.2 (evaluation.max_metric_drop)"
+    message = "none of 3 slices by country has, significantly, a loss of more than 0.2 (evaluation.max_metric_drop)"
     assert check_slice_guardrail(records, "old", tasks, 0.2) == Guardrail(None, "slices", True, message)
     assert (
         check_slice_guardrail(records, "old", [], 0.005)
@@ -206,10 +206,10 @@ def test_probabilities_may_not_be_far_off_where_they_were_not(mine: Summary, the
     ratio, second = (item.tasks["bought"].get("calibration") for item in (mine, theirs))
     is_outside = (ratio.low or ratio.value) > 1.25 or (ratio.high or ratio.value) < 0.8
     assert message == (
-        f"the probabilities of bought are {ratio.format(2)} times what was observed, which is "
-        f"{'beyond' if is_outside else 'not shown to be beyond'} a factor of 1.25 "
-        "(evaluation.max_calibration_ratio); those of "
-        f"'old' are {second.value:.2f} times"
+        f"the probabilities of bought are {ratio.format(2)} times the mean label, which is "
+        f"{'beyond' if is_outside else 'not significantly beyond'} a factor of 1.25 "
+        "(evaluation.max_calibration_ratio). "
+        f"For 'old', the factor is {second.value:.2f}"
     )
 
 
@@ -224,8 +224,8 @@ def test_probabilities_that_either_model_lacks_are_not_guarded(undefined: str) -
 
 def test_a_verdict_that_shows_nothing_says_so() -> None:
     assert verdict(build_difference(0.0007, 0.0012)).message == (
-        "no difference is shown between 'new' and 'old': mean auc of bought, liked differs by +0.0007 (-0.0005 to "
-        "+0.0019)"
+        "there is no significant difference between 'new' and 'old': mean auc of bought, liked "
+        "differs by +0.0007 (-0.0005 to +0.0019)"
     )
     # An interval that lies above 0 would else contradict the verdict.
     corrected = verdict(build_difference(0.0013, 0.0012, 0.07)).message
@@ -235,7 +235,7 @@ def test_a_verdict_that_shows_nothing_says_so() -> None:
         == "'new' and 'old' do not differ: mean auc of bought, liked is the same"
     )
     assert decide("new", "old", None, ModelDifferences(build_difference(None), {})).message == (
-        "'new' and 'old' can't be compared: no task has enough labels (50 rows of either)"
+        "'new' and 'old' can't be compared: every task has fewer than 50 rows of one label"
     )
     assert verdict(build_difference(None)).message.endswith("mean auc of bought, liked is undefined")
     assert "has no interval, as one user decides nearly alone" in verdict(build_difference(0.1)).message
@@ -284,7 +284,7 @@ BOTH, SEEN = ("bought", "liked"), "old has seen these rows"
     [
         (1.0, BOTH, {}, []),  # although both models rank likes by chance
         (1.0, ("liked",), {}, ["'new' and 'old' do not differ: "]),
-        (0.45, BOTH, {"calibration": 1.25}, ["'new' is not called better, although ", LOW]),
+        (0.45, BOTH, {"calibration": 1.25}, ["'new' is not accepted as better, although ", LOW]),
         (0.45, BOTH, {}, [LOW]),
         (0.45, ("liked",), {}, ["'new' and 'old' do not differ: "]),  # where purchases are not judged
         (0.85, BOTH, {}, []),  # is for the guardrail of calibration

@@ -183,7 +183,7 @@ def test_what_is_wrong_with_files_is_said(tmp_path: Path) -> None:
             (rows.assign(user=0.5), "column 'user' must hold integers or strings, found double"),
             (rows.assign(score="x"), "column 'score' must hold numbers, found (large_)?string"),
             (rows.assign(user=of_two), "request [0-9]+ by 'request' has rows of more .*1000000000.*=user[+]request"),
-            (rows.iloc[:0], "hold no row to evaluate"),
+            (rows.iloc[:0], "contain no row to evaluate"),
         ]
     ):
         with pytest.raises(UserError, match=message):
@@ -220,7 +220,7 @@ def test_times_that_distinguish_requests_are_whole_microseconds(tmp_path: Path) 
 def test_the_output_of_two_models_in_one_folder_is_refused(tmp_path: Path) -> None:
     source = written(predicted(8), tmp_path / "in", files=1)
     (source / "copy.parquet").write_bytes((source / "0.parquet").read_bytes())
-    with pytest.raises(UserError, match=r"has candidate [0-9]+ more than once, as where files of two models"):
+    with pytest.raises(UserError, match=r"has candidate [0-9]+ more than once, perhaps because files of two"):
         measured(["bought"], source, tmp_path / "out")
     words = ["--predictions", str(source), "--tasks", "bought", "--keep-duplicates"]
     run("evaluate", *words, "--out", str(tmp_path / "kept"))
@@ -329,16 +329,16 @@ def test_nothing_of_the_users_is_replaced(tmp_path: Path, monkeypatch: pytest.Mo
     frame = predicted(22, rows=600)
     ours, mine = str(written(frame, tmp_path / "ours")), tmp_path / "out" / "against"
     written(frame, mine)
-    with pytest.raises(UserError, match=r"lies in '.*against' with the predictions, or contains them; name another"):
+    with pytest.raises(UserError, match=r"overlaps with the predictions in '.*against'. Give another"):
         measured(TASKS, ours, tmp_path / "out", against=[str(mine)])
     assert (mine / "0.parquet").is_file()
     assert not (tmp_path / "out" / "metrics.json").exists()
     frame.to_parquet(tmp_path / "metrics.parquet")
-    with pytest.raises(UserError, match="or contains them"):
+    with pytest.raises(UserError, match="overlaps with the predictions"):
         measured(TASKS, tmp_path / "metrics.parquet", tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "ours")
     monkeypatch.chdir(ours)
     for out in (".", "", "metrics", f"{ours}/a/b", tmp_path / "link" / "out"):
-        with pytest.raises(UserError, match="or contains them"):
+        with pytest.raises(UserError, match="overlaps with the predictions"):
             measured(TASKS, ours, out)
     assert sorted(path.name for path in Path(ours).iterdir()) == ["0.parquet", "1.parquet", "2.parquet"]

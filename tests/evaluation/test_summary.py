@@ -135,7 +135,9 @@ def test_requests_that_rank_nothing_are_left_out_and_counted(log: Log) -> None:
     assert {name: summary["score"][name] for name in left_out} == left_out
     assert min(left_out.values()) > 0
     total = sum(left_out.values())
-    assert any(note.startswith(f"score: {total} of {summary['requests']} requests rank nothing") for note in notes(log))
+    assert any(
+        note.startswith(f"score: {total} of {summary['requests']} requests have no ranking") for note in notes(log)
+    )
 
 
 def test_ndcg_of_labels_that_differ_by_little_beside_their_size_is_reported(log: Log) -> None:
@@ -244,7 +246,7 @@ UNDEFINED = {
         {"score": ("ndcg_at_5", "mrr"), "bought": ("gauc_request",)},
         {
             "score": "No request has rows that differ in relevance",
-            "bought": "are undefined: labels do not differ, or not within any user or request.",
+            "bought": "are undefined: labels are the same in all rows, or within each user or request.",
         },
     ),
     "rows of equal relevance": (
@@ -333,7 +335,7 @@ def test_users_who_all_agree_leave_no_interval_of_no_width() -> None:
         assert 0.5 < auc["low"] < 0.7
     for name in ("logloss", "calibration", "normalized_entropy"):
         assert actual["tasks"]["bought"][name]["low"] is None
-    assert "have no interval: the same for all users, or undefined" in actual["tasks"]["bought"]["note"]
+    assert "have no interval: values are the same for all users, are undefined" in actual["tasks"]["bought"]["note"]
 
 
 # The sums.
@@ -381,7 +383,7 @@ def test_no_rows_are_refused(log: Log) -> None:
     [
         (("a@b", "binary"), "cannot be used in metric names"),
         (("score", "binary"), "cannot be used"),
-        (("bought", "ordinal"), "kind 'ordinal'"),
+        (("bought", "ordinal"), "'ordinal' is not a task kind"),
         (("bought", "binary", float("nan")), "weight nan"),
     ],
 )

@@ -101,7 +101,7 @@ def test_weights_of_any_number_of_tasks_sum_to_1() -> None:
         for corner in np.eye(tasks):
             assert any(np.allclose(weight, corner) for weight in weights)
     for wrong in ([0.0, 0.0], [1.0, -0.5]):
-        with pytest.raises(UserError, match="trade-offs need some above 0 and none below"):
+        with pytest.raises(UserError, match="Set all to 0 or more, and at least one above 0"):
             make_grid(wrong)
 
 
@@ -152,7 +152,7 @@ def test_the_choice_is_reported_on_test_rows(model: SmallModel, capsys: pytest.C
     assert len(table.rows) + len(table.more) == len(make_grid([1.0, 0.5, 0.2]))
     # None gains without a loss, so the weights of the settings stay.
     assert run(model, "--goal", "click", "--max-drop", "liked=0", "spent=0") == 0
-    assert "no weights serve click better within the losses allowed" in " ".join(capsys.readouterr().out.split())
+    assert "no other weights improve click within the allowed losses" in " ".join(capsys.readouterr().out.split())
 
 
 def test_weights_of_the_settings_rank_as_the_model(model: SmallModel) -> None:
@@ -177,7 +177,7 @@ def test_what_is_asked_for_wrongly_is_reported(
         (("--max-drop", "loved=0.1"), "there is no task 'loved'"),
         (("--max-drop", "liked"), "--max-drop takes TASK=LOSS, such as rebought=0.002, not 'liked'"),
         (("--max-drop", "liked=much"), "not 'liked=much'"),
-        (("--goal", "liked", "--max-drop", "liked=0.1"), "'liked' is the goal, and can't be kept as well"),
+        (("--goal", "liked", "--max-drop", "liked=0.1"), "'liked' is the goal, so it can't be in --max-drop"),
         (("--predictions", str(tmp_path / "nowhere"), "b"), "nowhere' does not exist. Set --predictions"),
     ):
         assert run(model, *words) == 2

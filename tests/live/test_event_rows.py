@@ -142,7 +142,7 @@ def test_rows_of_a_log_of_events():
     assert _reported([{**row, "at": None}], "views") == "row 0: column 'at' is null, but every event needs a time"
     assert _reported([{"user": 1, "at": row["at"]}], "views") == "row 0: there is no column 'brand'"
     assert _reported([{"user": 1, "at": row["at"], "bran": "a"}], "views").endswith("; and there is no column 'brand'")
-    assert _reported([row], "purchases") == "there is no log of events 'purchases'; there are: views"
+    assert _reported([row], "purchases") == "there is no event log 'purchases'. Event logs: views"
     assert CHECKS.read_json("views", [{**row, "user": None}], NOW).num_rows == 1, "as a build takes it"
 
 

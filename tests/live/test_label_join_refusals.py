@@ -63,7 +63,7 @@ SUMS = {**BY_USER, "sources": {**BY_USER["sources"], "clicked": {**BY_USER["sour
             "has no column 'user'. Its columns are: amount, at, event_id, item, page",
         ),
         ("events/impressions", _drop("slot"), BY_REQUEST, "has no column 'slot'"),
-        (None, None, WITHOUT_RANK, "set labels.shown to a log of events with that column, or labels.rank"),
+        (None, None, WITHOUT_RANK, "Set labels.shown to an event log with that column. If it is the"),
         ("events/clicks", _cast("page", pa.string()), BY_REQUEST, "column 'page' of events 'clicks' contains string"),
         ("requests", _drop("price"), BY_REQUEST, "has no column 'price'"),
         (None, None, SUMS, "but the label of the binary task 'click' is 0 or 1"),
@@ -138,7 +138,7 @@ def test_events_that_lack_something_or_lie_in_the_future_are_reported(world: Wor
         write_rows(tmp_path / "events" / name / "all.parquet", rows, EVENT_TYPES)
     about = settings(BY_REQUEST)
     actual = joined(tmp_path, about)
-    message = "events 'clicks' that came again, lie in the future or lack a value of user, item, at, page"
+    message = "events 'clicks' that are duplicates, are in the future or lack a value of user, item, at, page"
     assert actual.until < NOW  # by the last event that is not in the future
     world.events["clicks"] = world.events["clicks"][:-5]
     again = len(world.events["clicks"]) - len({(row["user"], row["event_id"]) for row in world.events["clicks"]})

@@ -156,7 +156,7 @@ def _failure(app: Application) -> str | None:
 def _reported(app: Application) -> str:
     message = _failure(app)
     answer = ask(app, {"inputs": [asked(TIMES[0], 5)]})
-    assert answer.tree["predictions"][0]["warnings"][-1] == f"some events are not counted: {message}"
+    assert answer.tree["predictions"][0]["warnings"][-1] == f"the reply ignores some events: {message}"
     return str(message)
 
 

@@ -384,7 +384,7 @@ def test_the_command(
     report = json.loads((tmp_path / "skew.json").read_text())
     assert report["mismatches"] == 0
     assert report["logged_rows"] == report["compared_rows"] == report["rows_with_reply"] == report["rows"] > 5
-    assert "features are equal to the last bit" in capsys.readouterr().out
+    assert "features are identical" in capsys.readouterr().out
     assert not (Path(world.small.settings.data.work_dir) / "skew").exists()
     table = changed(table, "served_digest_item_click", lambda each: each ^ 1)
     pq.write_table(table, tmp_path / "requests" / "0.parquet")

@@ -148,5 +148,7 @@ def test_a_gain_that_half_a_day_does_not_show_leaves_the_alias(days: Days) -> No
     first, *later = (click.value + liked.value for click, liked in zip(*actual, strict=True))
     assert max(later) > first
     assert client.get_run(run_id).data.tags["promoted"] == "False"
-    assert any(line.startswith("no difference is shown between 'this model' and 'version 1'") for line in lines)
+    assert any(
+        line.startswith("there is no significant difference between 'this model' and 'version 1'") for line in lines
+    )
     assert "'champion' stays version 1; this model, version 2, is 'challenger'" in lines

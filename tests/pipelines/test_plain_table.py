@@ -113,7 +113,7 @@ def test_metrics_are_weighted_and_of_the_test_rows(
     assert "gauc" not in printed
     assert "ndcg" not in printed
     assert "bootstrap over rows" in " ".join(printed.split())
-    assert "Each row is a user of its own" in printed
+    assert "Each user has one row" in printed
     words = world.page("weighted")
     assert "those with 4 in column 'fold'" in words
     assert "catalog" not in words.lower()
@@ -282,7 +282,7 @@ def test_weights_of_tasks_rank_nothing_here(world: World, capsys: pytest.Capture
     world.evaluate("weighed")
     predictions = world.folder / "weighed" / "predictions.parquet"
     error_text = refuse(capsys, "tune-weights", "--config", world.config, "--predictions", predictions, predictions)
-    assert "has one row, which no weights can rank" in error_text
+    assert "has only one row, so there is no ranking to improve" in error_text
 
 
 def test_predictions_hold_no_invented_columns(world: World, tmp_path: Path) -> None:

@@ -119,18 +119,18 @@ def test_a_better_version_takes_the_alias_and_gives_it_back(
         patch.setattr(promotion, "_load", lambda _: registry.move_alias(NAME, "champion", "1", world.uri))
         assert promote(world, "--rollback") == 2
     assert world.champion_version() == "1"
-    assert "'champion' has moved meanwhile: run the command again" in capsys.readouterr().err
+    assert "'champion' has moved while this command ran. Run the command again." in capsys.readouterr().err
     registry.move_alias(NAME, "champion", "2", world.uri)
     assert promote(world, "--rollback") == 0
     assert world.champion_version() == "1"
     printed = capsys.readouterr().out
-    assert "'champion' is version 1 again, which held it before version 2" in printed
+    assert "'champion' is version 1 again, as before version 2" in printed
     assert "its tables are as of 2024-" in printed
     assert tags(world, "2")["promoted"] == "no more: 'champion' went back to version 1"
     assert tags(world, "1")["promoted"] == "'champion' again, after version 2"
     registry.move_alias(NAME, "champion", "2", world.uri)  # by hand
     assert promote(world, "--rollback") == 2, "what was before is not taken from a holding that has ended"
-    assert "it is not known which version" in capsys.readouterr().err
+    assert "is unknown. Move the alias" in capsys.readouterr().err
     registry.move_alias(NAME, "champion", "1", world.uri)
 
 
@@ -171,13 +171,16 @@ def test_a_version_that_cannot_be_served_is_refused_and_gives_way(
     registry.move_alias(NAME, "champion", "2", world.uri)
     assert promote(world, "--challenger", "1") == 0
     assert world.champion_version() == "1"
-    assert tags(world, "1")["compared"].startswith("version 2, which holds 'champion', can't be served any more: ")
+    assert tags(world, "1")["compared"].startswith("version 2 (alias 'champion') can't be served any more: ")
 
 
 def test_what_is_asked_for_wrongly_is_reported(world: World, capsys: pytest.CaptureFixture) -> None:
     for words, message in (
         (("--challenger", "99"), "99"),
-        (("--challenger", "nobody"), "no version of 'learnable' holds the alias 'nobody': existing aliases are "),
+        (
+            ("--challenger", "nobody"),
+            "no version of 'learnable' has the alias 'nobody'. Give the number of a version",
+        ),
         ((), "Give either --challenger V or --rollback"),
         (("--challenger", "2", "--rollback"), "Give either --challenger V or --rollback"),
         (("--challenger", "2", "--tracking.registered_model", "unknown"), "unknown"),
@@ -186,7 +189,7 @@ def test_what_is_asked_for_wrongly_is_reported(world: World, capsys: pytest.Capt
         assert message in capsys.readouterr().err
     world.client.set_registered_model_alias(NAME, "lonely", "1")
     assert promote(world, "--rollback", "--tracking.alias", "lonely") == 2
-    assert "it is not known which version of 'learnable' held 'lonely' before version 1" in capsys.readouterr().err
+    assert "the version of 'learnable' with the alias 'lonely' before version 1 is unknown" in capsys.readouterr().err
 
 
 def test_an_alias_that_moves_during_the_command_is_left_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +200,7 @@ def test_an_alias_that_moves_during_the_command_is_left_alone(world: World, monk
     monkeypatch.setattr(promotion, "_find_objections", meanwhile)
     assert promote(world, "--challenger", "2") == 1
     assert world.champion_version() is None
-    assert tags(world, "2")["compared"] == "'champion' has moved meanwhile: run the command again"
+    assert tags(world, "2")["compared"] == "'champion' has moved while this command ran. Run the command again."
 
 
 def test_a_champion_that_can_not_be_had_here_stays(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +228,7 @@ def test_a_champion_that_can_not_be_had_here_stays(world: World, monkeypatch: py
 
             patch.setattr(Ranker, "load", staticmethod(loaded))
             assert promote(world, "--challenger", "2") == 1
-        assert "can't be compared here" in tags(world, "2")["compared"]
+        assert "can't be compared on this machine" in tags(world, "2")["compared"]
     assert world.champion_version() == "1"
 
 
@@ -339,7 +342,7 @@ def test_an_alias_that_moved_meanwhile_stays(world: World, monkeypatch: pytest.M
     world.train(*SLOW, "--training.seed", "5")
     assert champions == ["1"]
     assert world.champion_version() == "2"
-    assert said(world.work)[0] == "'champion' has moved meanwhile: compare with `mmoe-rec promote`"
+    assert said(world.work)[0] == "'champion' has moved during the comparison. Compare again with `mmoe-rec promote`."
 
 
 def test_a_training_that_was_killed_after_it_took_the_alias_is_not_registered_twice(

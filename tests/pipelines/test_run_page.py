@@ -44,7 +44,7 @@ def test_the_run_says_what_it_is(world: World, run: mlflow.entities.Run) -> None
     assert PASSWORD not in said
     manifest = json.loads((world.folder / "work" / "features" / "manifest.json").read_text())
     assert f"{manifest['splits']['train']['rows']:,} rows of `{world.folder / 'log'}`" in said
-    assert "- no model held 'champion' before" in said
+    assert "- 'champion' belonged to no model before" in said
     area = run.data.metrics["best/click.auc"]
     assert f"- click.auc {area:.4f}\n" in said
     assert f"- click: auc {run.data.metrics['test/click.auc']:.4f} (" in said
@@ -86,7 +86,7 @@ def test_charts_have_sections(run: mlflow.entities.Run) -> None:
 
 def test_the_version_is_described(world: World, run: mlflow.entities.Run) -> None:
     version = world.client.get_model_version("learnable", "1")
-    assert version.description.startswith("no model held 'champion' before")
+    assert version.description.startswith("'champion' belonged to no model before")
     assert "- click.auc 0." in version.description
     assert version.tags["report"] == f"runs:/{run.info.run_id}/evaluation/report.html"
     assert version.tags["evaluated"].startswith("click: auc ")

@@ -143,7 +143,7 @@ def test_a_country_that_is_ranked_worse_than_by_chance_is_named_and_not_promoted
         tree["evaluation"] = {"max_metric_drop": 0.02, "resamples": 200, "slices": ["country"]}
         (tmp_path / "first.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
         world.train()
-    message = r"'{}' is not called better, although .*: in slice country: E \([\d,]+ rows\): auc of click is 0.4"
+    message = r"'{}' is not accepted as better, although .*: in slice country: E \([\d,]+ rows\): auc of click is 0.4"
     assert re.search(message.format("this model"), capsys.readouterr().out)
     assert world.champion_version() == "1"
     with pytest.raises(SystemExit):

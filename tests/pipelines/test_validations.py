@@ -47,7 +47,7 @@ def test_what_should_worry_about_the_served_model_is_reported(tmp_path: Path) ->
     assert report.headline == "validation AUC of the model at step 300: click 0.4200"
     assert [sentence.text.partition(", which")[0].partition(";")[0] for sentence in report.sentences] == [
         "the validation AUC of 'click' is 0.420, below .5",
-        "the probabilities of 'click' are too high: 11.00 times what was observed on validation rows",
+        "the probabilities of 'click' are too high: 11.00 times the mean label on validation rows",
     ]
 
 

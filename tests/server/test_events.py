@@ -176,7 +176,7 @@ def test_a_server_without_a_journal_says_so(small):
     assert "--journal" in ask(app, {"events": [{}]}, page="/events").message
     answer = ask(app, {"inputs": [asked(START + 20 * DAY, 5)]}, page="/invocations?after=1")
     assert answer.status == 400
-    assert "takes no events" in answer.message
+    assert "accepts no events" in answer.message
 
 
 def test_a_new_model_knows_all_that_the_one_before_took_meanwhile(
@@ -265,7 +265,9 @@ def test_models_that_are_replaced_keep_no_file_open(small, app, models):
 
 def test_a_journal_of_another_model_is_reported(small, tmp_path):
     Journal(tmp_path / "journal.db").append(Batch(None, 1, pa.table({"person": [1], "when": [2]})))
-    with pytest.raises(UserError, match="rows of the journal have no column 'time', so it is another model's"):
+    with pytest.raises(
+        UserError, match="rows of the journal have no column 'time', so the journal belongs to another model"
+    ):
         _models(small, tmp_path)
 
 

@@ -34,7 +34,7 @@ LONG = "never seen again" * 9_999
         (b'{"inputs": 5}', "needs the key 'inputs'"),
         (b'{"input": [], "x": 1}', "no key 'input'; did you mean 'inputs'?"),
         (b'{"user": {}}', "no key 'user'; valid are inputs, params"),
-        (b'{"inputs": [], "dataframe_records": []}', "either 'inputs' or 'dataframe_records', not both"),
+        (b'{"inputs": [], "dataframe_records": []}', "only one of 'inputs' and 'dataframe_records'"),
         (b'{"dataframe_records": [5]}', "'dataframe_records' must be a list of objects"),
         (b'{"dataframe_split": []}', "'dataframe_split' must be {"),
         (b'{"dataframe_split": {"columns": [1], "data": [[1]]}}', "'dataframe_split' must be {"),
@@ -292,7 +292,7 @@ def test_pages(app: Application, models: ModelManager, small: SmallModel) -> Non
     for page, method in (("/no", "GET"), ("/version/", "GET"), ("/invocations/", "POST")):
         answer = ask(app, GOOD, page=page, method=method, headers={"Host": "elsewhere"})
         assert (answer.status, "location" in answer.headers) == (404, False), "no page sends elsewhere"
-        assert answer.message.startswith("there is no such page")
+        assert answer.message.startswith("this path doesn't exist")
     assert ask(app, b"", page="/invocations", method="GET").status == 405
 
 

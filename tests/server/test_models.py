@@ -136,7 +136,7 @@ def test_no_error_ends_the_looking(caplog: pytest.LogCaptureFixture) -> None:
     message = ["OSError: the store is down", "there is no such alias", "RuntimeError: can't start new thread"]
     assert failures == [None, message[0], message[0], message[1], None, message[1], message[2], None]
     assert [record.getMessage() for record in caplog.records] == [
-        f"can't look for another model: {sentence}" for sentence in message
+        f"checking for a new model failed: {sentence}" for sentence in message
     ], "each once"
 
 

@@ -396,7 +396,7 @@ def test_mistakes_are_reported_in_one_sentence(small: SmallModel, arguments: lis
 # An address is one server's
 
 
-TAKEN = "can't be listened on: Address already in use"
+TAKEN = "can't be used for listening: Address already in use"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
