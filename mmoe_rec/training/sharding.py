@@ -371,9 +371,9 @@ def shard(
         # torchrec passes an argument to torch that is deprecated there.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         # Data parallelism wraps the dense part and moves it to the device. A single CPU process needs neither.
-        single = device.type == "cpu" and dist.get_world_size() == 1
+        on_one_cpu = device.type == "cpu" and dist.get_world_size() == 1
         parallel = DistributedModelParallel(
-            model, device=device, plan=plan, sharders=planner.sharders(), init_data_parallel=not single
+            model, device=device, plan=plan, sharders=planner.sharders(), init_data_parallel=not on_one_cpu
         )
     if device.type == "cpu":
         copy_cpuinfo_to_fbgemm()
