@@ -31,7 +31,12 @@ MEMORY = NumberBetween(0.01, 1e6)  # Limits far beyond any machine, in GiB.
 @settings_command(__doc__)
 @click.option("--world-size", type=COUNT, required=True, metavar="N", help="number of processes, one per GPU")
 @click.option("--local-world-size", type=COUNT, required=True, metavar="N", help="number of processes on each machine")
-@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", help="device (default: cuda)")
+@click.option(
+    "--device",
+    type=click.Choice(["cuda", "cpu"]),
+    default="cuda",
+    help="device of the planned training (default: cuda)",
+)
 @click.option("--hbm-gib", type=MEMORY, default=80, metavar="X", help="memory of a GPU in GiB (default: 80)")
 @click.option(
     "--host-gib", type=MEMORY, default=512, metavar="X", help="main memory of a machine in GiB (default: 512)"

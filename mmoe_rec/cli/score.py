@@ -5,9 +5,9 @@ each task (predicted_TASK), the score, the rank within the request (1 is best), 
 command writes Parquet files in the order of the input, and a _manifest.json. If the output is already complete, the
 command scores nothing.
 
---as-of selects the history that counters and histories include. `log` includes events of the log before each request,
-as in an evaluation. The log needs label columns, null if a label is unavailable, and earlier rows for the counters.
-`tables` includes the history stored with the model, as in the model server, and needs no labels.
+--as-of selects the events that counters and histories see. `log`: the events of the log before each request, as in an
+evaluation. The log then needs label columns (null if a label is unavailable), and rows before the scored rows.
+`tables`: the events stored with the model, as in the model server. This needs no labels.
 
 The command uses the settings that the model was trained with. Add overrides such as --data.workers 2,
 --data.events.NAME.path P or --tracking.uri U.

@@ -131,12 +131,15 @@ def fit_temperature(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> TaskCa
 
 
 def fit_isotonic(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> TaskCalibration:
-    """Fit straight lines between the middles of the steps of isotonic regression, in logits.
+    """Fit an increasing, piecewise linear function from logits to calibrated logits.
 
-    A step's middle is (mean probability before, rate of the label), so a model that is right on average stays as it is.
-    A lowest step without positives, or a highest step without negatives, is merged with its neighbor, because its rate
-    may not be 0 or 1. Beyond the outer middles the slope is 1, which shifts all logits as the outermost middle. The
-    function rises everywhere, so the order of rows stays, except for logits that are equal in float32.
+    Isotonic regression yields steps of rows with the same rate. Each step becomes one point: the logit of its mean
+    prediction, and the logit of its observed rate. Lines connect the points. If predictions are right on average, the
+    function changes nothing.
+
+    A lowest step without positives or a highest step without negatives has no finite logit, so it is merged with its
+    neighbor. Beyond the outer points, the slope is 1. The function increases everywhere, so rows keep their order,
+    except for logits that become equal in float32.
 
     Args:
         x: As in `fit_temperature`.

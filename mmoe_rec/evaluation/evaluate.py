@@ -271,7 +271,7 @@ def log_evaluation(
         if prepared is not None:
             run.log_inputs(describe_datasets(settings, prepared.manifest, split))
         heading = "Evaluation" if split == "test" else f"Evaluation on {split} rows"
-        section = "test" if split == "test" else f"{split}_rows"  # `validation` has charts by step
+        section = "test" if split == "test" else f"{split}_rows"  # training logs metrics by step to `validation`
         sentences = bullet_list(
             [*describe_verdicts(results), *(finding.message for finding in find_suspicious_results(results))]
         )

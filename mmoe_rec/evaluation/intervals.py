@@ -178,9 +178,10 @@ class Estimate:
 
     @property
     def standard_error(self) -> float | None:
-        """Standard error from the choice of users, None if the number is undefined in too many resamples.
+        """Standard error of the metric over samples of users, None if it is undefined in too many resamples.
 
-        A bootstrap over U users underestimates the standard error by sqrt(U / (U - 1)).
+        The standard deviation of a bootstrap over U users is too small by the factor sqrt((U - 1) / U), which is
+        corrected here.
         """
         defined = self.replicates[np.isfinite(self.replicates)]
         if len(defined) < _MIN_DEFINED_FRACTION * len(self.replicates):

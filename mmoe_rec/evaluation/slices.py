@@ -217,8 +217,8 @@ def _open_log(settings: Settings, artifact: Path, slices: Sequence[SliceSpec]) -
     uses = column_uses(schema)
     if not schema.columns.has_candidate and options.skip_bad_files:
         raise UserError(
-            "slices by columns of the log need columns.candidate where files may be left out (data.skip_bad_files): "
-            f"without it rows are matched by their number in the log; {_ADVICE}"
+            "slices by columns of the log need columns.candidate, because data.skip_bad_files is set. Without "
+            f"candidates, rows are matched by number, and a skipped file would shift the numbers; {_ADVICE}"
         )
     extra_columns: dict[str, ColumnUse] = {spec.column: "any" for spec in slices if spec.column not in uses}
     types, source = pipeline.key_types, settings.data.log

@@ -118,12 +118,12 @@ class WeightSweep:
     """
 
     def __init__(self, rows: PredictedRows, tasks: Sequence[str], weights: Sequence[Weights], resamples: int) -> None:
-        """Rank rows by all weights.
+        """Rank the rows once with each weighting, and measure the NDCG@10 of each task.
 
         Args:
             rows: Predictions and labels.
-            tasks: T tasks.
-            weights: P weights of the tasks.
+            tasks: Names of the T tasks.
+            weights: P weightings, each with a weight for every task.
             resamples: Number of bootstrap resamples.
         """
         self.tasks, specs = list(tasks), {task.name: replace(task, weight=1.0) for task in rows.tasks}

@@ -321,7 +321,15 @@ class DenseNumber:
 
 
 def standardize(numbers: Sequence[tuple[np.ndarray, DenseNumber]]) -> dict[str, np.ndarray]:
-    """Return (N,) float32 dense inputs by name for `numbers`, pairs of (N,) values and a number."""
+    """Standardize columns of N rows.
+
+    Args:
+        numbers: Pairs of values, shape (N,), and the `DenseNumber` with their statistics.
+
+    Returns:
+        Dense inputs by name, shape (N,), float32. Columns with missing training values also have an indicator,
+        `NAME_missing`.
+    """
     values = np.array([column for column, _ in numbers], np.float64)
     scales = [number.standardizer for _, number in numbers]
     mean, std = (np.array([[getattr(scale, name)] for scale in scales]) for name in ("mean", "std"))

@@ -405,7 +405,11 @@ class Ranker:
         return scored.predictions, scored.log_predictions @ weights
 
     def score_table(self, rows: Rows) -> pa.Table:
-        """Score rows as `score` does. Returns their keys, `predicted_NAME` of tasks and outcomes, and `score`."""
+        """Score rows as `score` does.
+
+        Returns:
+            Table with the keys of the rows, a column `predicted_NAME` for each task and each joint label, and `score`.
+        """
         rows = read_rows(self.pipeline, rows)
         return scored_table(rows, *self.score(rows), self.layout)
 

@@ -205,7 +205,7 @@ def export_journal(
             f"positions up to {included_through}. The removed events are in the log's files. Run refresh without "
             "--journal first, and then with it."
         )
-    # With request IDs, the tables recognize rows that arrived both in a file and through the journal.
+    # Without request IDs, a row that is in a new file and in the journal would count twice. With IDs, it is recognized.
     if schema.columns.request is None:
         features = served.folder / "features"
         new = (files := IncludedFiles.read(features)).changes(_open_logs(features, settings, files))[0].new

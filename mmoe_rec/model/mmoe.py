@@ -115,7 +115,10 @@ class RankingModel(nn.Module):
         return inputs, placement
 
     def _look_up(self, batch: Batch) -> tuple[Tensor, Tensor, AttentionEvents | None]:
-        """Return the inputs, the placement and the events. Inputs have means in place of attention."""
+        """Return the inputs, the placement inputs and the events of histories, None without histories.
+
+        In the inputs, a history is the mean of its events. `histories` replaces the mean by the result of attention.
+        """
         pooled = self.tables(batch.ids)
         embeddings = mean_embeddings(pooled, self.dims, batch.ragged_inputs, batch.pooling_weights)  # Name -> (B, dim).
         events = None

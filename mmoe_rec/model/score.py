@@ -134,7 +134,7 @@ class TaskCalibration:
         if not self.logits or len(self.logits) != len(self.calibrated):
             raise ValueError(f"{len(self.logits)} logits don't match {len(self.calibrated)} calibrated logits of knots")
         if not all(map(math.isfinite, (*self.logits, *self.calibrated, self.slope))):
-            raise ValueError("a knot or the slope is not a finite number")
+            raise ValueError("a logit or the slope of a calibration is not finite")
         steps = [high - low for values in (self.logits, self.calibrated) for low, high in pairwise(values)]
         if min([self.slope, *steps]) <= 0:
             raise ValueError("knots and slope must increase")

@@ -76,7 +76,7 @@ def make_report(health: Mapping[str, Any]) -> Report:
         for index, finding in enumerate(findings)
     ]
     if len(findings) > shown:
-        sentences.append(Sentence(f"{len(findings) - shown} more warnings, which cost less, are in the report"))
+        sentences.append(Sentence(f"{len(findings) - shown} less harmful warnings are in the report"))
     sentences += [Sentence(issue, "note") for issue in describe_time_issues(overview)]
     return Report(
         title=f"Data set health: {health['name']}",

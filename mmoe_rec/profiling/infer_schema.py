@@ -347,7 +347,7 @@ def _find_scope(schema: InferredSchema, name: str, named_by_user: bool) -> bool:
     if not fixed:
         return True
     if schema.profile.rows_per_key([name]) < 1.02:
-        return named_by_user  # Each row would be its own request.
+        return named_by_user  # A request would have one row. Accept this only for a column that the user named.
     change_rates = schema.profile.change_rates([name], fixed)
     if all(change_rates[column] <= _ERROR_RATE for column in fixed):
         return True

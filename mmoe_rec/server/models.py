@@ -94,8 +94,8 @@ class EventIngester:
         self._is_in_tables = info is not None and info["id"] == self.journal.id
         if info is not None and not self._is_in_tables:
             _log.warning(
-                "the model's tables were made with another journal than '%s', so the server ignores rows of this "
-                "journal up to the time of the tables (%s)",
+                "the model's tables contain events of another journal than '%s'. The server therefore ignores events "
+                "of this journal up to the time of the tables (%s).",
                 self.journal.name,
                 ranker.info.tables_as_of,
             )

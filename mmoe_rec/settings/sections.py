@@ -378,7 +378,10 @@ _NUMBERS = {
 
 
 def _with_numbers(base: type) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """Return PyYAML's rules for plain text by first letter, with the number rules of YAML 1.2."""
+    """Return the rules by which PyYAML guesses the type of an unquoted value, with the numbers of YAML 1.2.
+
+    The keys are first characters, and the values are pairs of a tag and a pattern.
+    """
     rules = {
         first: [(tag, rule) for tag, rule in tags if tag not in _NUMBERS]
         for first, tags in base.yaml_implicit_resolvers.items()  # type: ignore[attr-defined]

@@ -531,7 +531,10 @@ def find_registered_version(run: Run, name: str) -> str | None:
 
 @contextmanager
 def _no_bytecode() -> Iterator[None]:
-    """Stop Python from writing compiled files into the model that MLflow tries out in place."""
+    """Turn off Python's bytecode cache within the context.
+
+    MLflow runs the model's code in the folder that it registers, and `__pycache__` would become a part of the model.
+    """
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         yield

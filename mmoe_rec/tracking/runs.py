@@ -42,11 +42,11 @@ _CONTEXTS = {"train": "training", "validation": "validation", "test": "test"}
 _QUIET_LOGGERS = {"mlflow.system_metrics": logging.CRITICAL}  # it reports that it stops if a server is away
 
 
-# Messages that can't be sent are saved in `unsent/RUN.jsonl`, one per line, including file contents.
+# Messages that can't be sent are saved in `unsent/RUN.jsonl`, one per line, with the contents of their files.
 #
-# While MLflow does not answer, all messages go to the file, which keeps their order. The file is sent at the end of the
-# run, or else by the next command in the same folder. If a command is killed while sending, the file stays, because
-# MLflow ignores repeated messages.
+# After the first message without an answer, later messages go to the file too, so that the order is kept. The file is
+# sent at the end of the run, or else by the next command in the same folder. If a command is killed while it sends, the
+# whole file is sent again. This does no harm, because MLflow ignores repeated messages.
 
 
 @dataclass(frozen=True)

@@ -189,11 +189,11 @@ class SingleProcessTables(nn.Module):
         return torch.cat([sums[number] for number in range(len(self._tables))], dim=1), lookups
 
     def update(self, lookups: Sequence[tuple[Tensor, Tensor]], gradient: Tensor) -> None:
-        """Update the tables by row-wise Adagrad.
+        """Update the rows that were looked up, by row-wise Adagrad.
 
         Args:
-            lookups: Looked-up rows of each table and their bags, from `read`.
-            gradient: Gradient of the sums. Shape (B, sum of widths).
+            lookups: Result of `read` for each table: its rows and their bags, both of shape (n,).
+            gradient: Gradient of the sums that `read` returned. Shape (B, sum of widths).
         """
         parts = gradient.split(self._widths, dim=1)
         for (name, inputs), (rows, bags) in zip(self._inputs.items(), lookups, strict=True):

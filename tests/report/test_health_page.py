@@ -54,7 +54,7 @@ def test_the_terminal_shows_the_costliest_warnings(tmp_path):
     Page(text)
     assert text.count("drift</span>") > 1
     assert printed_text(health).count("warning: ") == 5
-    assert f"{more} more warnings, which cost less, are in the report" in printed_text(health)
+    assert f"{more} less harmful warnings are in the report" in printed_text(health)
 
 
 def test_files_are_json_without_nan_and_the_page(health, tmp_path):

@@ -65,7 +65,7 @@ class RankedRequests:
 
 
 class RankingMetric(Ratio[RankedRequests]):
-    """Mean of a function of ranked lists over the requests that rank something."""
+    """Mean of a function of ranked lists over requests with several rows of different relevance."""
 
     kinds, better, is_ranking_metric = ("binary", "regression", "score"), "higher", True
     is_within_group = is_fraction = True
