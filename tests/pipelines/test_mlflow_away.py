@@ -81,7 +81,7 @@ class Training:
         """All of training and validation: name, step and value in the order in which they were measured."""
         return self.server.query(
             "select key, step, value from metrics join runs using (run_uuid) join experiments using (experiment_id) "
-            "where experiments.name = ? and key not like '%waiting%' and key not like '%rows_per_s%' "
+            "where experiments.name = ? and key not like '%data_wait%' and key not like '%rows_per_s%' "
             "and key not like 'system/%' "
             "order by key, timestamp, step",
             self.name,

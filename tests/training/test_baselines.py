@@ -190,7 +190,7 @@ def test_what_can_not_be_learnt_is_reported() -> None:
     for item, sentence in (
         (rows(unobserved), "no training row"),
         (rows([1, 1, np.nan]), "but trees need both 0 and 1"),
-        (rows([1.0, 1, 0], 0), "all features describe placement, or are lists of ids"),
+        (rows([1.0, 1, 0], 0), "have the role placement or are lists of IDs"),
     ):
         with pytest.raises(UserError, match=sentence):
             boosted(item, item)
