@@ -362,7 +362,7 @@ class _FileRows:
 
 def _hint(columns: PredictionColumns, name: str) -> str:
     if name in {by.column for by in columns.slices}:
-        return ", by which --slices groups rows (or  evaluation.slices)"
+        return ", by which --slices groups rows (or evaluation.slices)"
     part = next((part for part, column in columns.by_part().items() if column == name), "request")
     kind, _, task = part.partition("_")
     descriptions = {"label": f", the labels of task '{task}': mmoe-rec score writes them with --labels"}

@@ -340,7 +340,7 @@ def find_warnings(best: Validation, calibration: str) -> list[str]:
         if log_ratio > max(math.log(MAX_PLAUSIBLE_RATIO), error):
             direction = "high" if ratio > 1 else "low"
             problems.append(
-                f"the probabilities of '{task}' are too {direction}: {ratio:.2f} times what was observed on validation "
+                f"the probabilities of '{task}' are too {direction}: {ratio:.2f} times the mean label on validation "
                 f"rows; {advice}"
             )
     return problems

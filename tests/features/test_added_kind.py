@@ -98,7 +98,7 @@ def test_a_kind_is_learnt_from_and_named_in_the_report(tmp_path: Path) -> None:
     (split,) = (item for item in (tmp_path / "work" / "features").rglob("train") if item.is_dir())
     encoded = pq.read_table(split)
     assert np.array_equal(np.sort(encoded["id.rest"].to_numpy()), np.sort(1 + log["item"].to_numpy() % 7))
-    assert "rest: 8 rows of 4" in printed
+    assert "rest: 8 rows x 4 dims" in printed
     ranked = json.loads(printed.rpartition("RANKED ")[2])
     scores = dict(zip(ranked["candidates"], ranked["scores"], strict=True))
     assert len({round(score, 6) for score in scores.values()}) == 5  # only `rest` tells candidates apart,

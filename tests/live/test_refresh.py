@@ -31,7 +31,7 @@ def test_days_come_one_after_the_other(model: RefreshedModel, capsys: pytest.Cap
     first = model.about("1")
     features = files_of(Path(model.settings.data.work_dir) / "features")
     model.refresh()
-    assert f"'champion' of '{NAME}' stays version 1, with tables as of {first.tables_as_of}" in capsys.readouterr().out
+    assert f"'champion' of '{NAME}' stays version 1 with tables as of {first.tables_as_of}" in capsys.readouterr().out
     assert len(model.versions()) == 1
 
     added = model.add(9, 11)

@@ -169,7 +169,7 @@ def test_an_earlier_version_serves_without_what_was_removed_and_says_so(
     take_up(app.models, ResolvedModel(model.folder_of("2"), "models:/small/2"))
     assert ask(app, b"", page="/version", method="GET").tree["uri"] == "models:/small/2"
     message = _reported(app)
-    assert "begins after position 4, and the model's tables include only positions up to 2: the removed" in message
+    assert "begins after position 4, and the model's tables include only positions up to 2. The removed" in message
     assert "mmoe-rec refresh --config FILE --model models:/NAME@ALIAS, without --journal" in message
     assert message in caplog.text
     # All that came after the removed batches it does know.

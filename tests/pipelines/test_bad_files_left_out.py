@@ -26,7 +26,7 @@ def test_bad_files_end_the_command_unless_they_are_to_be_skipped(tmp_path: Path,
     options = ["--config", config, "--skip-bad-files"]
     commands.run("features", *options)
     said = capsys.readouterr().out
-    assert "left out: '" in said
+    assert "skipped: '" in said
     assert "x-cut.parquet" in said
     assert "y-text.parquet': column 'price' must hold numbers, found string" in said
 

@@ -34,7 +34,7 @@ def test_a_model_in_int8_with_its_figures(small: SmallModel, tmp_path: Path, cap
     out = tmp_path / "int8"
     report = run(small, out, "--int8")
     message = capsys.readouterr().out
-    assert f"model: {out}, report: {out / 'export.json'}" in message
+    assert f"model: {out}\nreport: {out / 'export.json'}" in message
     check_files(out)
     before, now = Ranker.load(small.folder), Ranker.load(out)
     assert all(

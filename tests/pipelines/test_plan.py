@@ -42,7 +42,7 @@ def test_tables_are_spread_as_the_settings_say(capsys: pytest.CaptureFixture) ->
     assert re.search(r"\nvideo: grid_shard \(each of ranks 0-6: [\d,]+ rows of 32 columns, rank 7: .* of 32 col", said)
     code, said = run(capsys, *sixteen, "--training.sharding", "column_wise")
     assert code == 2
-    assert "with 1,024.0 GiB for them in all. The largest, 'viewer', has" in said
+    assert "with 1,024.0 GiB for tables in all. The largest table, 'viewer', has" in said
     sizes = [f"--features.{name}.max_size=400000000" for name in ("viewer", "video", "channel")]
     code, said = run(capsys, *sixteen, "--training.sharding", "column_wise", *sizes, "--features.viewer_channel.dim=4")
     assert code == 0, said

@@ -113,7 +113,7 @@ def test_a_better_version_takes_the_alias_and_gives_it_back(
     run_id = world.client.get_model_version(NAME, "2").run_id
     assert "promotion/report.html" in [artifact.path for artifact in world.client.list_artifacts(run_id, "promotion")]
     assert promote(world, "--challenger", "models:/learnable/2") == 0
-    assert "version 2 holds 'champion' already" in capsys.readouterr().out
+    assert "version 2 has the alias 'champion' already" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         # Another process promotes while the version is loaded.
         patch.setattr(promotion, "_load", lambda _: registry.move_alias(NAME, "champion", "1", world.uri))
@@ -324,7 +324,7 @@ def test_an_outage_during_the_comparison_decides_nothing(
             world.train()
     assert ended.value.code == 75
     assert world.champion_version() == "1"
-    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped: MLflow does not answer; the trained model in ")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped: MLflow does not answer. The model in ")
     world.train("--resume")
     assert newest(world) in (world.champion_version(), world.champion_version("challenger")), "it is decided"
     assert " rows/s in training" not in capsys.readouterr().out, "no step was left to do"
