@@ -380,7 +380,7 @@ def model_count(running: Running) -> float:
         (["--model", "{model}", "--serving.max_elemnts", "1"], "Did you mean '--serving.max_elements'?"),
         (["--model", "{model}", "--training.epochs", "1"], "'--training.epochs' is neither an option"),
         (["--model", "{model}", "--token-file", "no/file"], "the token file 'no/file' can't be read"),
-        (["--model", "{model}", "--host", "203.0.113.1"], "203.0.113.1:8000 can't be listened on"),
+        (["--model", "{model}", "--host", "203.0.113.1"], "203.0.113.1:8000 can't be used for listening"),
     ],
     ids=str,
 )

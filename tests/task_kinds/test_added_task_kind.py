@@ -155,7 +155,7 @@ def test_settings_know_its_name(actual: dict[str, Any]) -> None:
 
 
 def test_wrong_labels_are_refused_in_its_words(actual: dict[str, Any]) -> None:
-    assert "column 'views' of task 'views' holds -1, which is no count; write a whole number from 0" in actual["wrong"]
+    assert "'views' holds -1, which is no count; write a whole number from 0" in actual["wrong"]
 
 
 def test_it_is_learnt_and_measured(actual: dict[str, Any]) -> None:
