@@ -2,5 +2,6 @@
 
 Begin in `journal`, which stores the events that servers accept. `server/models.py` updates a served model with these
 events. `request_log` records ranked requests, and `label_join` turns them into labeled training rows. `refresh` builds
-a new model version with newer tables. `skew` scores logged requests again and compares the results.
+a new model version with newer tables. `skew` scores logged requests again from the log's files, and compares the
+results with the served ones.
 """

@@ -3,12 +3,12 @@
     journal_about     one row: the journal's ID and the position up to which batches were removed
     journal_batches   position -> rows that were accepted together, as an Arrow IPC stream with a checksum
     journal_columns   log and column -> the column's type, from the first row with a value
-    journal_keys      unique keys of earlier rows
+    journal_keys      keys of earlier rows, by which duplicate rows are recognized
     journal_requests  request -> its user and time
 
-Batches have the positions 1, 2, 3 and so on, without a gap. Only one process appends at a time. A position is therefore
-never visible before an earlier position, and each row is compared once with all earlier rows. The journal contains no
-duplicate rows. SQLite and PostgreSQL have the same tables.
+Batches have the positions 1, 2, 3 and so on, without a gap. Only one process appends at a time. Readers therefore see
+positions in rising order. Each new row is compared with all earlier rows, so the journal contains no duplicates. SQLite
+and PostgreSQL have the same tables.
 """
 
 import os
@@ -38,13 +38,13 @@ MAX_BATCH_BYTES = 2**28
 LOCK_TIMEOUT_SECONDS = 60
 """Seconds to wait for another process that appends."""
 KEY_RETENTION_DAYS = 30
-"""A refresh deletes the keys of rows that were accepted more than this many days before it."""
+"""Days for which the keys of rows are kept. A refresh deletes older keys. Copies of these rows are then accepted."""
 _ADVISORY_LOCK = 0x6D6D6F65
-_KEYS_PER_QUERY = 1_000  # SQLite takes at most 32,766.
+_KEYS_PER_QUERY = 1_000  # SQLite allows at most 32,766 parameters in a query.
 _METADATA = sql.MetaData()
 _BIG = sql.BigInteger().with_variant(sql.Integer, "sqlite")
 ColumnTypes = dict[tuple[str, str], str]
-"""Event log ("" for the interaction log) and column -> the column's type."""
+"""(event log, column) -> the column's type. The event log is "" for the interaction log."""
 
 
 def _define_table(name: str, keys: str, /, **columns: Any) -> sql.Table:
@@ -79,8 +79,8 @@ class RowKeys:
     Attributes:
         time_column: Name of the column of request or event times.
         times: Request or event times, (N,) microseconds.
-        keys: N tuples of keys. A row is a duplicate if the journal contains one of its keys.
-        requests: N pairs of request and user, None if requests have no IDs.
+        keys: The keys of each row, N tuples of hashes. A row is a duplicate if the journal contains one of its keys.
+        requests: The hashes of each row's request and user, N pairs. None if requests have no IDs.
     """
 
     time_column: str
@@ -95,11 +95,11 @@ class Batch:
 
     Attributes:
         log_name: Name of the event log, None for the interaction log.
-        accepted_at: Time on the server's clock, microseconds since 1970 UTC.
-        table: Columns in canonical types (see `mmoe_rec.log.columns`).
+        accepted_at: Time of acceptance by the server's clock, microseconds since 1970 UTC.
+        table: The rows. Columns have the canonical types of `mmoe_rec.log.columns`.
         position: Position in the journal, 0 before the batch is appended.
-        duplicates: Number of duplicate rows that the journal skipped.
-        keys: Keys that identify duplicate rows. None keeps all rows.
+        duplicates: Number of duplicate rows of this batch that the journal skipped.
+        keys: Keys by which the journal recognizes duplicate rows. None keeps all rows.
     """
 
     log_name: str | None
@@ -123,7 +123,7 @@ def parse_position(text: object) -> int:
 class Journal:
     """An open journal.
 
-    Threads may share a journal. A process that receives one by pickle opens it again.
+    Threads may share a journal. If a journal is pickled, the process that unpickles it opens its own connection.
     """
 
     def __init__(self, url: str | Path, create: bool = True) -> None:
@@ -134,7 +134,7 @@ class Journal:
             create: Whether to create the journal if it doesn't exist.
 
         Raises:
-            UserError: The URL is invalid, or there is no journal. With `create`, also if the journal isn't writable.
+            UserError: The URL is invalid, or there is no journal. With `create`, the journal isn't writable.
         """
         self._url = _parse_url(str(url))
         self.name = self._url.render_as_string(hide_password=True)
@@ -144,7 +144,8 @@ class Journal:
         self._writer = threading.Lock()
         if self._file is not None:
             _check_file(self._file, create)
-        # A write transaction fails here, and not at the first append, if the journal isn't writable.
+        # With `create`, begin a write transaction. A journal that isn't writable then fails here, and not at the first
+        # append.
         with self.write_transaction() if create else self.read_transaction() as connection:
             if create:
                 _METADATA.create_all(connection)
@@ -158,15 +159,15 @@ class Journal:
         return Journal, (self._url.render_as_string(hide_password=False), False)
 
     def append(self, *batches: Batch) -> int:
-        """Append batches atomically and return the position of the last one once it is durable.
+        """Append batches atomically, and return the position of the last batch once all are durable.
 
-        Empty batches are skipped. A batch with keys loses its duplicate rows. If all its rows are duplicates, it still
-        gets a position.
+        Empty batches are skipped. Duplicate rows of a batch with keys are skipped, too. A batch gets a position even if
+        all its rows are duplicates.
 
         Raises:
             RequestError: A column's type differs from earlier rows, or a batch is too large.
-            UserError: Nothing was appended or the outcome is unknown. The disk is full or failing, or the database is
-                unreachable.
+            UserError: The disk is full or failing, or the database is unreachable. Either nothing was appended, or it
+                is unknown whether the batches were appended.
         """
         with self._writer, self.write_transaction() as connection:
             end, types = _find_ends(connection)[1], _read_types(connection)
@@ -185,7 +186,7 @@ class Journal:
             return _find_ends(connection)[1]
 
     def removed_until(self) -> int:
-        """Return the position up to which batches were removed (their rows are in log files), 0 if none were."""
+        """Return the position up to which batches were removed, 0 if none were. The removed rows are in log files."""
         with self.read_transaction() as connection:
             return _find_ends(connection)[0]
 
@@ -198,10 +199,10 @@ class Journal:
             through: Position of the last batch to read. None reads to the journal's end.
 
         Returns:
-            The batches, an empty list if nothing is new.
+            The batches. The list is empty if there are no new batches.
 
         Raises:
-            UserError: The next batch is damaged, lost or was removed.
+            UserError: The first batch to read is damaged, lost or was removed.
         """
         batches, rows, position = list[Batch](), 0, _BATCHES.c.position
         with self.read_transaction() as connection:
@@ -230,7 +231,7 @@ class Journal:
         return batches
 
     def remove_until(self, position: int) -> None:
-        """Remove the batches up to a position, whose rows must already be in the logs' files."""
+        """Remove the batches up to a position. Their rows must already be in files of the logs."""
         with self.write_transaction() as connection:
             connection.execute(sql.delete(_BATCHES).where(_BATCHES.c.position <= position))
             connection.execute(sql.update(_ABOUT).where(_ABOUT.c.removed < position).values(removed=position))
@@ -243,12 +244,12 @@ class Journal:
                 connection.execute(sql.delete(table).where(table.c.day < first_day))
 
     def close(self) -> None:
-        """Close the connections. The journal opens them again when it is used."""
+        """Close the connections to the database. Later calls open new connections."""
         self._engine.dispose()
 
     @contextmanager
     def read_transaction(self) -> Iterator[Connection]:
-        """Open a transaction that sees one snapshot. Raise UserError if the database can't be read."""
+        """Open a transaction that reads one snapshot of the database. Raise UserError if it can't be read."""
         with self._translate_errors("can't be read"), self._engine.connect() as connection:
             if self._file is None:
                 connection.execution_options(isolation_level="REPEATABLE READ")
@@ -336,7 +337,7 @@ def _create_engine(url: URL) -> Engine:
 
     @sql.event.listens_for(engine, "connect")
     def set_up(connection: Any, record: object) -> None:
-        connection.isolation_level = None  # The function `begin` starts transactions.
+        connection.isolation_level = None  # Otherwise Python's sqlite3 starts transactions. Here, `begin` starts them.
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
 
@@ -356,10 +357,10 @@ def _encode(table: pa.Table) -> bytes:
 
 
 def _drop_duplicates(connection: Connection, table: pa.Table, keys: RowKeys, accepted_at: int) -> pa.Table:
-    """Return the rows of a batch that count, and store their keys.
+    """Return the rows of a batch without duplicates, and store the keys of these rows.
 
-    A row doesn't count if one of its keys is in the journal, or if an earlier row has the same request and another
-    user. All rows of a request get the earliest time of the batch in which the request began.
+    A row is also dropped if an earlier row has the same request and a different user. All rows of a request get the
+    same time: the earliest of its rows in the first batch that contains the request.
     """
     seen = set(_select(connection, _KEYS.c.key, {key for row_keys in keys.keys for key in row_keys}))
     stored = _select(connection, _REQUESTS.c.request, {request for request, _ in keys.requests or ()})
@@ -390,7 +391,10 @@ def _drop_duplicates(connection: Connection, table: pa.Table, keys: RowKeys, acc
 
 
 def _select(connection: Connection, key: sql.Column[int], wanted: Collection[int]) -> dict[int, Any]:
-    """Map the wanted keys that a table contains to the values of their rows. The key is the first column."""
+    """Look up keys in a table. Return key -> values of its row, for the keys that the table contains.
+
+    The key must be the table's first column.
+    """
     keys, selected = sorted(wanted), dict[int, Any]()
     for first in range(0, len(keys), _KEYS_PER_QUERY):
         query = sql.select(key.table).where(key.in_(keys[first : first + _KEYS_PER_QUERY]))
@@ -404,7 +408,7 @@ def _insert_rows(connection: Connection, table: sql.Table, rows: list[dict[str, 
 
 
 def _checksum(journal_id: str, row: Mapping[str, Any], payload: bytes) -> int:
-    """Compute the checksum of a batch from its columns in the table and its payload."""
+    """Compute the checksum of a batch from its row in `journal_batches` and its payload (the Arrow stream)."""
     header = " ".join(str(row[name]) for name in ("position", "accepted_at", "duplicates", "log"))
     return zlib.crc32(payload, zlib.crc32(f"{journal_id} {header}".encode()))
 
@@ -421,9 +425,9 @@ def _read_types(connection: Connection) -> ColumnTypes:
 
 
 def _find_new_types(types: ColumnTypes, batch: Batch) -> ColumnTypes:
-    """Return the types of a batch's columns that have no type yet.
+    """Return the types of those columns of a batch that the journal has no type for.
 
-    Raises RequestError if a column has another type than in earlier rows, because the hashes would differ, too.
+    Raises RequestError if a column's type differs from earlier rows, because the hashes of equal values would differ.
     """
     new: ColumnTypes = {}
     for column in batch.table.schema:

@@ -1,11 +1,12 @@
-"""Rows that enter a journal, and rows that leave it: checked, joined for servers, and written as files of the logs.
+"""Check the rows that callers send to a journal, join its rows for servers, and write its rows to files of the logs.
 
-Rows from callers pass the same checks as a log's files in a feature build. One invalid row rejects its whole batch. The
-error names the first invalid row, counted from 0, and its column.
+Rows from callers must pass the same checks as a log's files in a feature build. If one row is invalid, the whole batch
+is rejected. The error names the first invalid row, counted from 0, and its column.
 
-A refresh writes at most one file per log and million rows, `journal-ID-POSITION.parquet`. The file
-names show up to which position a log includes the journal, so an interrupted refresh is simply repeated. Columns have
-canonical types and are read as the types of the log's other files.
+A refresh writes the rows of each log to files `journal-ID-POSITION.parquet`, with about a million rows each. POSITION
+is the position of the last batch that the file may contain. An interrupted refresh can simply be repeated, because the
+file names show which batches are already written. The files have columns of canonical types (`mmoe_rec.log.columns`).
+A feature build converts them to the types of the log's other files.
 """
 
 import time
@@ -36,12 +37,15 @@ from mmoe_rec.settings.log_columns import ColumnUse
 from mmoe_rec.settings.schema import EventFeature, Schema
 
 EVENT_ID = "event_id"
-"""Column in which a caller may give an event's ID, if the log has no column of that name."""
+"""Column for an ID that recognizes an event that is sent again. Not used if the log has its own column of that name."""
 MAX_FILE_ROWS = 2**20
 
 
 def column_uses_by_log(schema: Schema) -> dict[str | None, dict[str, ColumnUse]]:
-    """Return the columns that each log must have, with the use of each column. None is the interaction log."""
+    """Return log name -> the columns that this log must have -> the use of each column.
+
+    The interaction log has the name None.
+    """
     uses: dict[str | None, dict[str, ColumnUse]] = {None: column_uses(schema)}
     return uses | {name: event_column_uses(schema, name) for name in schema.events}
 
@@ -62,7 +66,11 @@ def make_batch(log_name: str | None, table: pa.Table, schema: Schema, accepted_a
 
 
 def _make_keys(rows: LogRows, log_name: str | None, columns: Collection[str]) -> RowKeys:
-    """Compute the keys of the rows of one log. `columns` are the log's columns in the schema."""
+    """Compute the keys of the rows of one log, by which the journal recognizes duplicates.
+
+    A given event ID is a key. Rows of the interaction log also have a key of their request and candidate. `columns` are
+    the log's columns in the schema.
+    """
     schema: Schema = rows.schema
     time = schema.columns.time if log_name is None else schema.events[log_name].time
     keys: list[tuple[int, ...]] = [()] * len(rows)
@@ -91,7 +99,8 @@ class JournalRows:
 
     Attributes:
         log_name: Name of the event log, None for the interaction log.
-        table: All columns that the log must have, null if not given, and columns that other models read.
+        table: All columns that the log must have, filled with nulls if no row gave them. Columns that other models read
+            may follow.
     """
 
     log_name: str | None
@@ -106,7 +115,7 @@ class JournalRows:
             schema: Schema of the model that reads the rows.
 
         Raises:
-            UserError: Columns have conflicting types, or the time column is missing.
+            UserError: The batches have different types for a column, or the time column is missing.
         """
         try:
             tables = [batch.table for batch in batches]
@@ -122,7 +131,7 @@ class JournalRows:
         return JournalRows(log_name, _add_missing_columns(table, uses).select([*uses, *extra_columns]))
 
     def to_log_rows(self, schema: Schema) -> LogRows:
-        """Return the rows in the form that features of this schema read."""
+        """Return the rows as `LogRows`, from which the features of this schema are computed."""
         return LogRows(self.table, schema) if self.log_name is None else event_rows(self.table, schema, self.log_name)
 
 
@@ -139,13 +148,13 @@ def join_by_log(batches: Iterable[Batch], schema: Schema) -> dict[str | None, Jo
 
     Args:
         batches: Batches of any logs.
-        schema: Schema of the model that reads the rows. Batches of logs that it doesn't have are skipped.
+        schema: Schema of the model that reads the rows. Batches of other logs than the schema's are skipped.
 
     Returns:
-        Log name, None for the interaction log, -> rows of the log.
+        Log name (None for the interaction log) -> rows of the log.
 
     Raises:
-        UserError: As `JournalRows.join`.
+        UserError: A log's batches can't be joined, see `JournalRows.join`.
     """
     return {
         log_name: JournalRows.join(log_batches, schema)
@@ -169,16 +178,17 @@ def write_journal_files(
     Args:
         journal: Journal to read.
         schema: Schema of the model to refresh.
-        log: Location of the interaction log (`data.log`). The schema has the other locations (`events.NAME.path`).
-        after: Last position that the model's tables include, 0 for none.
-        later_than: Skip rows up to this time, in microseconds. Servers skip the same rows if their tables don't include
-            any of the journal.
+        log: Location of the interaction log (`data.log`). The schema has the locations of event logs
+            (`events.NAME.path`).
+        after: Position of the last batch in the model's tables, 0 if they contain none.
+        later_than: Time in microseconds. Rows up to this time are skipped. Servers skip the same rows if the model's
+            tables contain no batch of this journal.
 
     Returns:
-        Position up to which files include the journal.
+        Position of the last batch that the files now contain.
 
     Raises:
-        UserError: A folder can't take files, or the journal is damaged.
+        UserError: Files can't be written to a folder, or the journal is damaged.
     """
     position, through, skipped, folders = after, journal.last_position(), Counter[str](), dict[str | None, Path]()
     sources: dict[str | None, tuple[str, str]] = {None: (log, "data.log")}
@@ -218,7 +228,10 @@ def _file_name(journal: Journal, position: int | None = None) -> str:
 
 
 def _find_folder(source: str, setting: str, name: str) -> Path:
-    """Find the folder of a log in which a file with this name belongs to the log."""
+    """Return the folder of a log (its `source`), after checking that a file `name` in it belongs to the log.
+
+    `setting` is the setting with the log's location, for messages.
+    """
     if is_remote(source):
         raise UserError(
             f"`{setting}` '{source}' is remote, so the journal's files can't be written there. Use a local folder."
@@ -244,10 +257,10 @@ class _EventColumn:
     """Requirements of one column.
 
     Attributes:
-        use: Use of the column by the model.
+        use: How the model uses the column, for instance as an ID or as a number.
         required: Whether every row must have the column.
-        expected: Type of the values, None for any type that `use` allows.
-        booleans: Whether the values may be true and false, as in the log.
+        expected: Type that the values must have. None for any type that `use` allows.
+        booleans: Whether true and false are allowed. They are if the log's column has booleans.
     """
 
     use: ColumnUse
@@ -257,13 +270,13 @@ class _EventColumn:
 
 
 class RowValidator:
-    """Checks of rows from callers, for the interaction log and each event log."""
+    """Checks of the rows that callers send, for the interaction log and each event log."""
 
     def __init__(self, pipeline: FeaturePipeline, max_rows: int = MAX_CALL_ROWS) -> None:
         """Derive the checks from a model.
 
         Args:
-            pipeline: Feature pipeline fitted to the log.
+            pipeline: Feature pipeline of the model, fitted to the log.
             max_rows: Maximum number of rows in a batch.
         """
         self.schema, self.max_rows = pipeline.schema, max_rows
@@ -290,8 +303,9 @@ class RowValidator:
 
         Args:
             log_name: Name of an event log, None for the interaction log.
-            rows: Parsed JSON. It must be a list of objects of columns and values.
-            now: Current time, microseconds since 1970 UTC. Later times are refused. None reads the clock.
+            rows: Parsed JSON. It must be a list of objects, each with the columns and values of one row.
+            now: Current time, microseconds since 1970 UTC. Rows that are later by more than `CLOCK_TOLERANCE_US` are
+                refused. None reads the clock.
 
         Raises:
             RequestError: A row is invalid. The message names the row and the column.
@@ -321,7 +335,7 @@ class RowValidator:
         columns, problems = self._columns[log_name], []
         unread = self._unread if log_name is None else set()
         if unknown := [name for name in given if name not in columns and name not in unread]:
-            # The model has a list of the columns that it reads, so this may be another column of the log or a typo.
+            # The model knows only the columns that it reads. The unknown column may be a typo or exist in the log.
             hint = f"leave it out; {suggest(unknown[0], columns)}"
             problems.append(f"the model was trained without a column {quoted(unknown[0])}: {hint}")
         if missing := [name for name, column in columns.items() if column.required and name not in given]:
@@ -352,7 +366,7 @@ class RowValidator:
         for name, array in arrays.items():
             table[name] = array if array.null_count < size else pa.nulls(size)
         rate = self.schema.columns.sampling_rate
-        if log_name is None and rate is not None:  # Rows without a rate weren't sampled, so their rate is 1.
+        if log_name is None and rate is not None:  # Rows without a sampling rate weren't sampled, so their rate is 1.
             is_given = rate in table and not pt.is_null(table[rate].type)
             table[rate] = table[rate].fill_null(1.0) if is_given else pa.array(np.ones(size))
         rows = LogRows(pa.table(table), self.schema)
@@ -395,7 +409,7 @@ class RowValidator:
 
 
 def _required_columns(schema: Schema) -> set[str]:
-    """Return the columns that a row of the interaction log must have to count fully."""
+    """Return the columns that every row of the interaction log needs, so that all features can count it."""
     columns = schema.columns
     names = {columns.user, columns.candidate, columns.time, *filter(None, [columns.request, columns.weight])}
     names.update(list_label_columns(schema))

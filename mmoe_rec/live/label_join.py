@@ -1,11 +1,11 @@
-"""Join logged requests with events into rows of the interaction log, in a DuckDB database of bounded memory.
+"""Join logged requests with events into labeled rows of the interaction log, in a DuckDB database of bounded memory.
 
-docs/how-to/train-on-served-requests.md explains how events are attributed to candidates. The output has one folder of
-files for each run. A run's folder appears whole or not at all:
+docs/how-to/train-on-served-requests.md explains how events are attributed to candidates. Each run of the join adds a
+folder to the output folder OUT. The folder of a run appears whole or not at all:
 
     OUT/run-000001/part-00000.parquet      rows, sorted by time
     OUT/run-000001/_state.json             time up to which requests are written, and the files that were read
-    OUT/.database/, OUT/.run-000002.*.tmp/ of an unfinished or killed run, removed by the next run
+    OUT/.database/, OUT/.run-000002.*.tmp/ leftovers of a killed run, which the next run removes
 """
 
 import json
@@ -41,8 +41,9 @@ from mmoe_rec.settings.log_columns import ColumnUse
 from mmoe_rec.settings.sections import Settings
 
 ROWS_PER_FILE = 262_144
-_BEGIN = -(2**62)  # Before all times.
-# One request may be logged in several parts. Parts further apart than this count as separate requests.
+_BEGIN = -(2**62)  # A time before all times in the data.
+# One request may be logged in several parts, at different times. Parts further apart than this may be treated as
+# separate requests.
 _MAX_REQUEST_SPAN_US = MICROSECONDS_PER_DAY
 # Resent events are recognized by their ID up to this long after the original.
 _MAX_RESEND_DELAY_US = 30 * MICROSECONDS_PER_DAY
@@ -57,7 +58,8 @@ CREATE TABLE candidates AS
         FROM requests)
     WHERE copy = 1
 """
-"""A request takes the time of its first logged row. A candidate that was logged twice keeps the last reply."""
+"""Query that creates the table of candidates. The time of a request is the time of its first logged row. If a candidate
+of a request was logged twice, the row of the last reply is kept."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,10 @@ class JoinResult:
         rows: Number of rows added.
         until: Time up to which requests are written, in microseconds.
         requests: Number of requests added.
-        waiting: Number of later requests whose labels aren't final.
-        counts: Number of labels, and of rows and events that were dropped, keyed by description.
-        skipped: Reasons why files were skipped.
+        waiting: Number of requests after `until`, whose labels aren't final yet.
+        counts: Description -> number. The descriptions are of labels that were found, and of rows and events that were
+            dropped.
+        skipped: For each skipped file, why it was skipped.
     """
 
     folder: Path | None
@@ -92,7 +95,9 @@ def join_labels(
     until: int | None = None,
     now: int | None = None,
 ) -> JoinResult:
-    """Append all requests with final labels to an interaction log.
+    """Append all new requests with final labels to an interaction log.
+
+    Labels are final once their attribution windows have passed and all events of the windows have arrived.
 
     Args:
         settings: Settings of the ranking model that served the requests.
@@ -100,11 +105,12 @@ def join_labels(
         events: URI of a folder with one subfolder for each entry of `labels.events`. An entry without a subfolder is
             read from `data.events.NAME.path`.
         out: Folder of the interaction log. It must be new, empty or written by earlier joins.
-        until: Time up to which all events have arrived, in microseconds. None takes the last event of each event log.
-        now: Current time in microseconds. Later events are ignored as errors. None reads the clock.
+        until: Time up to which all events have arrived, in microseconds. None assumes the time of the last event of
+            each event log.
+        now: Current time in microseconds. Events with later times are wrong and ignored. None reads the clock.
 
     Returns:
-        The number of rows added, and the number of requests and events left out, by reason.
+        The numbers of added and waiting requests, and of dropped events.
 
     Raises:
         UserError: The settings, requests, events or output folder are inconsistent. No rows are added.
@@ -124,10 +130,10 @@ def _open_out(folder: str | Path, sources: dict[str, str]) -> Iterator[Path]:
 
     Args:
         folder: Output folder of the join.
-        sources: Option -> URI of the folder that the join reads.
+        sources: Folders that the join reads: command-line option -> URI.
 
     Raises:
-        UserError: The output folder has foreign files, lies within a source, or is in use.
+        UserError: The output folder contains files that no join wrote, lies within a source, or is in use.
     """
     if is_remote(str(folder)):
         raise UserError(f"--out '{folder}' must be a local or mounted folder")
@@ -157,9 +163,11 @@ class _Source:
 
     Attributes:
         columns: Column name in the database -> column of the files.
-        uses: Column of the files -> use of its values.
-        unit: Unit of integer times.
-        types: Column of the files -> type. A column with only nulls has no type.
+        uses: Column of the files -> how its values are used, for instance as a key or a number.
+        unit: Unit of times that are integers. None if the settings name none.
+        files: Files to read.
+        types: Column of the files -> type. A column with only nulls is missing here.
+        skipped: Files that can't be read, with the reasons.
     """
 
     columns: dict[str, str]
@@ -171,7 +179,7 @@ class _Source:
 
     @staticmethod
     def open(settings: Settings, uri: str, setting: str, columns: dict[str, tuple[str, ColumnUse]]) -> "_Source":
-        """Check the footers of all files. Raise UserError as `Log` does."""
+        """Find the files of a folder and check their footers. Raise UserError if they don't fit together."""
         unit, skip, uses = settings.columns.time_unit, settings.data.skip_bad_files, dict[str, ColumnUse]()
         for column, use in columns.values():
             if uses.setdefault(column, use) != use:
@@ -187,7 +195,7 @@ class _Source:
 
     @property
     def schema(self) -> pa.Schema:
-        """Columns in the database. Times are microseconds, and columns with only nulls have an arbitrary type."""
+        """Schema of the database table: times in microseconds, and an arbitrary type for columns with only nulls."""
         types = {
             name: pa.int64() if self.uses[column] == "time" else self.types.get(column, pa.int8())
             for name, column in self.columns.items()
@@ -204,9 +212,9 @@ class _Source:
 class _Join:
     """State and steps of one join.
 
-    The columns `who`, `item`, `time` and `request` of the database attribute events to candidates. `i0`, `i1` are
-    inputs of the model, `p0`, `p1` placement columns and `v0`, `v1` label values. The constructor raises UserError if
-    settings and files are inconsistent.
+    Events are attributed to candidates by these columns of the database: `who` (user), `item` (candidate), `time` and
+    `request`. The other columns are numbered: `i0`, `i1` and so on for the model's inputs, `p0` for placement columns
+    and `v0` for label values. The constructor raises UserError if settings and files are inconsistent.
     """
 
     database: Database
@@ -251,7 +259,7 @@ class _Join:
         return _Source.open(self.settings, uri, "--requests", columns_and_uses)
 
     def _open_events(self, name: str, folder: str | None) -> _Source:
-        """Find one event log in `--events` or the settings, and check its files."""
+        """Open one event log, from its subfolder of `--events` or from the settings."""
         section, data_events = self.labels.events[name], self.settings.data.events
         if folder is not None and (is_remote(folder) or Path(folder, name).exists()):
             uri, setting = f"{folder.rstrip('/')}/{name}", "--events"
@@ -279,7 +287,7 @@ class _Join:
         if any(EVENT_ID in read_column_names(file.uri) for file in find_files(uri, setting)):
             columns_and_uses["event_id"] = EVENT_ID, "key"
         source = _Source.open(self.settings, uri, setting, columns_and_uses)
-        for key in keys:  # A column with only nulls has no type yet. It takes the type of its partner.
+        for key in keys:  # A key column with only nulls gets the type of the column that it is joined with.
             event_column, request_column = source.columns[key], self.requests.columns[key]
             event_type = source.types.setdefault(event_column, self.requests.types.get(request_column, pa.int8()))
             if event_type != (request_type := self.requests.types.setdefault(request_column, event_type)):
@@ -324,7 +332,10 @@ class _Join:
         return JoinResult(folder if rows else None, rows, last_time, *new_requests, counts, skipped)
 
     def _load(self, table: str, source: _Source, start: int, description: str) -> None:
-        """Create a table of rows later than `start`. Count new rows whose time is already written as late."""
+        """Create a table of the source's rows later than `start`.
+
+        Rows of new files are counted as too late if requests of their time are already written.
+        """
 
         def read() -> Iterator[pa.Table]:
             number = 0
@@ -345,10 +356,11 @@ class _Join:
         self.database.run(f"DELETE FROM {table} WHERE time <= {start}")
 
     def _read_events(self, name: str, until_option: int | None) -> int:
-        """Read the new events of a log and return the time up to which attribution windows are complete."""
+        """Read the new events of a log. Return the latest request time whose attribution windows are complete."""
         source, table = self.events[name], self.tables[name]
         is_by_user, has_id = name in self.logs_without_request, "event_id" in source.columns
-        # Without a request, a resent event could be attributed to a later request. Its original is needed to notice.
+        # If events don't name their request, a copy of an event that was sent again could be attributed to a later
+        # request. Read back to the earliest possible original, so that copies are recognized by their event ID.
         start = self.written_until - _MAX_RESEND_DELAY_US * (is_by_user and has_id)
         self._load("loaded", source, start, f"events '{name}'")
         keys = ["who", "item", "time", *([] if is_by_user else ["request"])]
@@ -371,7 +383,7 @@ class _Join:
         return complete_until - max(window.length_us for window in self.labels.windows if window.events == name)
 
     def _find_candidates(self, until: int) -> None:
-        """Create the table of shown candidates."""
+        """Create the table of candidates that users have seen, as far as the settings can say that (`labels`)."""
         self._load("requests", self.requests, self.written_until - _MAX_REQUEST_SPAN_US, "rows of requests")
         (fraction,) = self.database.row("SELECT min(fraction) FROM requests")
         if self.logs_without_request and fraction is not None and fraction < 1:
@@ -397,7 +409,11 @@ class _Join:
         )
 
     def _attribution_query(self, name: str) -> str:
-        """Return a query for events with the candidate they belong to (`owner`) and their `delay` after its request."""
+        """Return a query for events with two more columns.
+
+        `owner` is the number of the candidate that the event is attributed to. `delay` is the time from the request of
+        this candidate to the event, in microseconds.
+        """
         join, owners = "JOIN", "candidates"
         # A user can have two requests at the same time. Pick one by a rule that doesn't depend on the order of files.
         if name in self.logs_without_request:
@@ -412,7 +428,11 @@ class _Join:
         )
 
     def _find_labels(self, until: int) -> None:
-        """Create the table of candidates with labels `l0`, `l1` and event counts `n0`, `n1` in the windows."""
+        """Create the table of candidates with labels.
+
+        Label number 0 has the columns `l0` (the label) and `n0` (the number of events in its attribution window), and
+        so on.
+        """
         labels, selected = list(enumerate(self.labels.sources.items())), list[str]()
         query = "candidates"
         for name, table in self.tables.items():
@@ -442,7 +462,7 @@ class _Join:
                     )
 
     def _write(self, until: int, folder: Path) -> None:
-        """Write the requests up to `until` as Parquet files. A column without any value has the null type."""
+        """Write the requests up to `until` as Parquet files. A column without any value gets Arrow's null type."""
         columns, shown = self.columns, self.labels.shown
         outputs: dict[str, tuple[str, pa.DataType]] = {}  # Column -> SQL expression and Arrow type.
         if columns.request is not None:
@@ -476,9 +496,9 @@ class _Join:
 
 
 def _label_aggregates(index: int, label: LabelSource) -> str:
-    """Return SQL for a candidate's label and the number of its events in the window.
+    """Return SQL for a candidate's label and the number of its events in the attribution window.
 
-    Events with equal times are ordered by value, smallest first.
+    For "first" and "last", events with equal times are ordered by value, smallest first.
     """
     in_window, value = f"delay <= {label.length_us}", "1.0::DOUBLE"
     condition = in_window

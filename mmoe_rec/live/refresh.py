@@ -1,7 +1,7 @@
 """Register a new version of the current model whose tables include the newest files of the log.
 
 The new artifact is written next to the features and registered. The alias moves last, and only if the refreshed version
-still has it. After a kill, the same command starts over. It may then register a second version.
+still has it. If a refresh is killed, run the same command again. It starts over, and may register a second version.
 """
 
 import shutil
@@ -35,12 +35,19 @@ from mmoe_rec.tracking.client import UnreachableError
 from mmoe_rec.tracking.registry import ModelVersion, describe_version, fetch_model, find_champion, move_alias
 from mmoe_rec.tracking.runs import code_block, command_line
 
-_FROM_TAG = "refreshed.from"  # Marks a version that a refresh made, with the URI of the refreshed version.
+_FROM_TAG = "refreshed.from"  # Tag of versions that a refresh made. Its value is the URI of the version before.
 
 
 @dataclass(frozen=True)
 class CurrentModel:
-    """The version that has an alias, with its artifact."""
+    """The version that has an alias, with its downloaded artifact.
+
+    Attributes:
+        alias: The alias.
+        version: The registered version.
+        folder: Folder with the artifact.
+        artifact: Content of the artifact's main file.
+    """
 
     alias: str
     version: ModelVersion
@@ -56,7 +63,7 @@ class CurrentModel:
             tracking_uri: URI of the MLflow server.
 
         Raises:
-            UserError: The URI has another form, no version has the alias, or the version can't be served.
+            UserError: The URI doesn't have this form, no version has the alias, or the version can't be served.
         """
         name, _, alias = model_uri.removeprefix("models:/").rpartition("@")
         if not model_uri.startswith("models:/") or not name or not alias or "/" in name:
@@ -75,8 +82,8 @@ class RefreshResult:
     Attributes:
         previous: Version that had the alias before.
         current: Version that has the alias now.
-        new_version: Number of the new version, None if there was nothing new.
-        tables: Tables of the new version.
+        new_version: Number of the new version, None if the log had no new files.
+        tables: Tables of the new version, None if there is none.
     """
 
     previous: CurrentModel
@@ -102,15 +109,15 @@ def refresh(
         settings: Settings of the model.
         model_uri: URI of the form `models:/NAME@ALIAS`.
         rebuild: Whether to rebuild the tables from all rows of the log.
-        journal: URL of a journal to export to files of the log before, see `export_journal`.
-        remove_events: See `export_journal`.
-        other_journal: See `export_journal`.
+        journal: URL of a journal, whose new rows are first written to files of the logs (`export_journal`).
+        remove_events: Whether to remove from the journal the batches that the tables already include.
+        other_journal: Whether to accept a journal other than the model's (see `export_journal`).
 
     Returns:
         The versions before and after the refresh.
 
     Raises:
-        UserError: As `export_journal` and `update_tables`, or MLflow is unreachable or refuses the request.
+        UserError: `export_journal` or `update_tables` failed, or MLflow is unreachable or refuses the request.
     """
     tracking_uri, work = settings.tracking.resolved_uri, Path(settings.data.work_dir)
     check_work_outside_logs(settings.data.log, settings.schema_, work)
@@ -150,7 +157,8 @@ def _register(settings: Settings, served: CurrentModel, tables: WrittenTables, a
             describe_version(new_version, summary + code_block(command_line()), {}, tracking_uri)
             current = find_champion(version.name, served.alias, tracking_uri)
             if current == version:
-                # A rollback must return to the model that a promotion replaced, not to older tables of this model.
+                # A rollback must return to the model that the last promotion replaced, and not to a version of the
+                # same model with older tables.
                 rollback = current.find_previous_champion(served.alias)
                 previous = None if rollback is None else ModelVersion(version.name, rollback, None)
                 move_alias(version.name, served.alias, number, tracking_uri, previous)
@@ -180,14 +188,15 @@ def export_journal(
         settings: Settings of the model.
         journal_url: URL of the journal.
         remove_events: Whether to remove the batches that the tables already include from the journal.
-        other_journal: Whether to accept a journal other than the model's. The model's journal must be complete: its
-            later batches would be lost.
+        other_journal: Whether to accept a journal other than the one in the model's tables. Events of the old journal
+            that are not in the tables yet are then lost.
 
     Returns:
         The journal's `id`, and the position `through` which the logs' files include the journal.
 
     Raises:
-        UserError: There is no journal, it is damaged, the model has another journal, or a log's folder takes no files.
+        UserError: There is no journal, it is damaged, the model's tables include a different journal, or files can't be
+            written to a log's folder.
     """
     schema, included = settings.schema_, served.artifact.journal
     journal = Journal(journal_url, create=False)
@@ -216,7 +225,8 @@ def export_journal(
                 "once without --journal."
             )
     journal.forget_old_keys()
-    # Without a journal in the tables, rows no later than the tables may already be included, by other programs' files.
+    # If the tables include no batch of this journal, other programs may have written its rows to files that the tables
+    # include. Skip all rows up to the time of the tables.
     later_than = None if included is not None else tables_time(served.artifact)
     through = write_journal_files(journal, schema, settings.data.log, included_through, later_than)
     if remove_events and included_through:
@@ -233,21 +243,22 @@ def update_tables(
     rebuild: bool = False,
     journal: Mapping[str, Any] | None = None,
 ) -> WrittenTables | None:
-    """Write an artifact with tables that include the new files of the log.
+    """Write an artifact whose tables of counters and histories include the new files of the log.
 
     Args:
         artifact: Folder of the artifact to update.
         settings: Settings with the log. Their features must equal the artifact's.
         out: Folder of the new artifact. It isn't written if the log has no new files.
         rebuild: Whether to rebuild the tables from all rows of the log.
-        journal: Part of the journal in the files of the log, see `ArtifactInfo`. None infers the part from the names of
-            the files and from the artifact, because batches with only duplicate rows leave no file.
+        journal: ID and last position of the journal in the files of the log (`ArtifactInfo.journal`). If None, the
+            later of two positions is used: in the names of the files, and in the artifact. Names alone aren't enough,
+            because batches with only duplicate rows leave no file.
 
     Returns:
         The new tables, None if the log has no new files.
 
     Raises:
-        UserError: As `extend_tables` or `rebuild_tables`, or the features differ from the settings.
+        UserError: The settings have other features than the artifact, or `extend_tables` or `rebuild_tables` failed.
     """
     info, features = read_artifact(artifact), artifact / "features"
     included_files = IncludedFiles.read(features)
@@ -276,14 +287,18 @@ def tables_time(info: ArtifactInfo) -> int:
 
 
 def _latest_journal(before: Mapping[str, Any] | None, named: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Return the part of a journal named by the tables' files, or the part in the earlier tables if that is larger."""
+    """Return the ID and last position of the journal that updated tables include.
+
+    `before` comes from the tables before the update, `named` from the names of their files. The larger position counts.
+    If both have different journals, `named` counts.
+    """
     if before is None or named is None or before["id"] != named["id"]:
         return before if named is None else named
     return max(before, named, key=lambda part: int(part["through"]))
 
 
 def _open_logs(features: Path, settings: Settings, included_files: IncludedFiles | None) -> Logs:
-    """Open the logs. Raise UserError if the settings have other features than the model."""
+    """Open the logs as the model's features read them. Raise UserError if the settings have other features."""
     pipeline = FeaturePipeline.load(features, stores=False)
     reject_plain_table(pipeline.schema, "a refresh of a model's tables")
     types = None if included_files is None else [log.types for log in included_files.logs]

@@ -1,8 +1,9 @@
 """Log ranked requests to Parquet files in a background thread, so that no reply waits for a file.
 
-docs/how-to/train-on-served-requests.md says which requests are logged. The queue has a limited number of
-candidates because a logged reply keeps all rows of its batch in memory. File names contain the time of writing (UTC),
-`requests-TIME-HOST-PROCESS-RANDOM.parquet`, so they sort by time. Other programs may move or remove files at any time.
+docs/how-to/train-on-served-requests.md says which requests are logged. The queue has a limited number of candidates,
+because a queued reply keeps all rows of its batch in memory. The files have the names
+`requests-TIME-HOST-PROCESS-RANDOM.parquet` with the time of writing (UTC), so names sort by time. Other programs may
+move or remove files at any time.
 """
 
 import hashlib
@@ -48,7 +49,7 @@ ARTIFACT = "served_artifact"
 FRACTION = "served_fraction"
 
 MAX_QUEUED_CANDIDATES = 100_000
-"""Limit on the candidates of replies in the queue."""
+"""Limit on the number of candidates of all replies in the queue. Further replies are dropped."""
 ROWS_PER_FILE = 262_144
 
 _log = logging.getLogger(__name__)
@@ -104,11 +105,11 @@ class RequestLog:
         self._thread.start()
 
     def offer(self, reply: Ranking, weights: Mapping[str, Any] | None, name: str | None, version: str | None) -> None:
-        """Queue a reply if its request is sampled. Never wait.
+        """Queue a reply if its request is sampled. If the queue is full, the reply is dropped, so this never waits.
 
         Args:
             reply: Ranking with a request ID.
-            weights: The caller's `task_weights`.
+            weights: Score weights of tasks in the request (`task_weights`). None if the model's weights were used.
             name: Name of the registered model, None if unknown.
             version: Version of the registered model, None if unknown.
         """
@@ -138,7 +139,11 @@ class RequestLog:
         self._thread.join()
 
     def _run(self) -> None:
-        """Write files of one model's rows each, when there are `ROWS_PER_FILE` or after `flush_seconds`."""
+        """Write queued replies to files until the log is closed.
+
+        A file is written once `ROWS_PER_FILE` rows have arrived, after `flush_seconds`, or before the first reply of
+        another model, because a file contains the replies of one model only.
+        """
         tables, rows, artifact, until = list[pa.Table](), 0, "", 0.0
         while True:
             try:
@@ -166,9 +171,9 @@ class RequestLog:
                 tables = self._write(tables)
 
     def _write(self, tables: list[pa.Table]) -> list[pa.Table]:
-        """Write replies to a file. Return an empty list for the next file's rows."""
+        """Write the tables of replies to a file. Return an empty list, which collects the next file's tables."""
         if tables:
-            try:  # A column with only nulls has no type, so the types are promoted.
+            try:  # A column with only nulls has the null type in one table, but maybe not in others. Unify the types.
                 rows = pa.concat_tables(tables, promote_options="default").combine_chunks()
                 write_log_file(self.options.folder, rows)
             except Exception as error:
@@ -179,7 +184,7 @@ class RequestLog:
         return []
 
     def _fail(self, records: int, error: Exception) -> None:
-        """Count replies that can't be logged. Only the first failure is reported, since every reply may fail."""
+        """Count replies that can't be logged. Only the first failure is printed, because every reply may fail."""
         self._count(LogOutcome.FAILED, records)
         if not self._has_failed:
             reason = str(error) if isinstance(error, UserError) else getattr(error, "strerror", None) or one_line(error)
@@ -225,7 +230,7 @@ def write_log_file(folder: Path, rows: pa.Table) -> Path:
     Raises:
         OSError: The folder is gone or can't be written.
     """
-    if not folder.is_dir():  # Don't create it again. If it was a mount, files would go to the disk below it.
+    if not folder.is_dir():  # Don't recreate it. It may be a lost mount, and files would fill the local disk instead.
         raise FileNotFoundError(2, "the folder is gone")
     timestamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     host = re.sub(r"[^A-Za-z0-9]+", "_", socket.gethostname())[:40] or "host"
@@ -241,7 +246,7 @@ class LoggedReply:
 
     Attributes:
         reply: Ranking with a request ID.
-        weights: The caller's `task_weights`.
+        weights: Score weights of tasks in the request (`task_weights`). None if the model's weights were used.
         name: Name of the registered model, None if unknown.
         version: Version of the registered model, None if unknown.
         fraction: Fraction of requests that are logged.
@@ -256,7 +261,7 @@ class LoggedReply:
     served_at: int
 
     def __len__(self) -> int:
-        """Return the number of candidates in memory, including candidates that `top_k` removes."""
+        """Return the number of candidates of the request, including those that `top_k` leaves out of the reply."""
         return int(self.reply.ranked_request.end - self.reply.ranked_request.first)
 
     def to_table(self) -> pa.Table:
@@ -304,7 +309,7 @@ def check_reserved_columns(columns: Iterable[str], added: Iterable[str]) -> None
 
 
 def _hash_ranked_inputs(ranked_request: RankedRequest, row_indices: np.ndarray) -> dict[str, np.ndarray]:
-    """Hash the model's inputs at M rows of the batch. Return feature -> (M,) int32."""
+    """Hash the model's inputs for M of the batch's rows. Return feature -> hashes, shape (M,), int32."""
     by_request, by_row = ranked_request.inputs
     request_indices = np.full(len(row_indices), ranked_request.number)
 
@@ -322,14 +327,14 @@ def _hash_ranked_inputs(ranked_request: RankedRequest, row_indices: np.ndarray) 
 def hash_features(
     ids: Mapping[str, np.ndarray | Ragged], dense: Mapping[str, np.ndarray], layout: Layout
 ) -> dict[str, np.ndarray]:
-    """Hash the inputs of each feature, so that served and offline rows can be compared.
+    """Hash the inputs of each feature for N rows, so that served and offline rows can be compared.
 
     Placement is left out because it is unknown in serving. The hashes use encoded inputs: IDs as integers, and numbers
-    as the bits of their float32. Two hashes agree exactly if every input does. A hash is multilinear (Lemire and
-    Kaser 2014): the sum over inputs of value times a fixed odd number, modulo 2^64, then mixed.
+    as the bits of their float32. Equal inputs have equal hashes, and unequal inputs almost always differ. A hash is
+    multilinear (Lemire and Kaser 2014): the sum over inputs of value times a fixed odd number, modulo 2^64, then mixed.
 
     Args:
-        ids: Input name -> (N,) integers or `Ragged`.
+        ids: Input name -> (N,) integers, or `Ragged` for lists of IDs.
         dense: Input name -> (N,) float32.
         layout: Inputs of the model.
 
@@ -348,7 +353,7 @@ def hash_features(
 
 
 def _to_uint64(values: np.ndarray | Ragged) -> np.ndarray:
-    """Reduce each row (a scalar or a list) to one uint64 for hashing. Returns shape (N,)."""
+    """Reduce the value of each of N rows (a number or a list) to one uint64 for hashing. Returns shape (N,)."""
     if not isinstance(values, Ragged):
         if values.dtype == np.float32:
             return np.ascontiguousarray(values).view(np.uint32).astype(np.uint64)

@@ -1,8 +1,9 @@
 """Training-serving skew: compare the requests that a server has logged with the log's rows of the same requests.
 
-For each feature, a server logs a digest of the values that the model read. This module computes the same digests from
-the log, point in time, with the steps of a feature build and the model's own encoders. It uses no state of a server or
-of a model's memories. DuckDB joins both sides.
+For each feature, a server logs a digest (hash) of the values that the model read. This module computes the same digests
+offline: from the log, point in time, with the steps of a feature build and the model's own encoders. It doesn't use the
+counters and histories that a server or a model has stored, so errors in them are found. DuckDB joins the served and the
+offline rows.
 """
 
 import json
@@ -40,9 +41,11 @@ from mmoe_rec.tracking.registry import resolve_model
 
 REPORT_FILE = "skew.json"
 ABSOLUTE_TOLERANCE = 1e-5
-"""Limit on differences, times the value's size above 1. Libraries sum products in different orders."""
+"""Limit on the difference of two values, multiplied by the value if it exceeds 1. Small differences are normal, because
+libraries sum products in different orders."""
 RELATIVE_TOLERANCE = 1e-3
-"""Limit on differences as a fraction of the value. The absolute limit alone is too loose for small probabilities."""
+"""Limit on the difference as a fraction of the value. It also applies to probabilities and scores, because the absolute
+limit alone is too loose for small values."""
 MAX_EXAMPLES = 3
 _REPLY_COLUMNS = [
     request_log.AT,
@@ -76,8 +79,14 @@ _SKIP_DESCRIPTIONS = {
     SkipReason.OTHER_VERSION: "answered by other versions of the model",
     SkipReason.NOT_IN_LOG: "not in the log",
 }
-# A request ID may match a row of the log although the logged time lies outside the period. Complete replies rank all
-# candidates of their requests.
+# Tables of the comparison:
+#
+# - `offline`: the log's rows in the period, without repetitions.
+# - `marked`: all served rows. `reason` says why a row can't be compared. A served row with a time outside the period can
+#   be compared if its request ID matches a row of the log.
+# - `matched`: the served rows that can be compared.
+# - `missing`: rows of the log that no logged reply has, although the replies to their request rank all candidates. Also
+#   one row for each request whose reply was logged in part.
 _JOIN = f"""
 CREATE TABLE offline AS SELECT * FROM log_rows QUALIFY row_number() OVER (PARTITION BY key ORDER BY number) = 1;
 CREATE TABLE marked AS
@@ -114,7 +123,7 @@ class Comparison:
         compared: Number of compared rows.
         mismatches: Number of rows that differ.
         largest: Largest absolute difference, None for values that aren't numbers.
-        examples: The first rows that differ.
+        examples: The first `MAX_EXAMPLES` rows that differ.
     """
 
     name: str
@@ -131,7 +140,7 @@ def check_skew(
     """Compare logged requests with the log's rows of these requests.
 
     Args:
-        settings: Settings of the log.
+        settings: Settings with the log.
         start: First request time of the period, microseconds.
         end: End of the period, exclusive.
         model_uri: URI or folder of the model that ranked the requests.
@@ -152,7 +161,7 @@ def check_skew(
     folder = Path(settings.data.work_dir) / "skew"
     weights = {task.name: task.score_weight for task in read_artifact(model).tasks if task.kind.is_linear}
     with write_lock(folder, "a skew check", "set `data.work_dir` to another folder"):
-        shutil.rmtree(folder, ignore_errors=True)  # A killed check leaves it.
+        shutil.rmtree(folder, ignore_errors=True)  # An earlier check that was killed may have left files.
         try:
             folder.mkdir(parents=True)
             pipeline = FeaturePipeline.load(model / "features", stores=False)
@@ -180,7 +189,7 @@ def read_request_log(folder: Path, schema: Schema) -> pa.Table:
         schema: Schema of the model that ranked the requests.
 
     Returns:
-        The rows of all files, with the request column of the schema if it has one.
+        The rows of all files. If the schema has a request column, the rows have it, too.
 
     Raises:
         UserError: The files can't be read, or they lack a column.
@@ -210,10 +219,10 @@ def score_offline(logs: Logs, model: Path, window: tuple[int, int], scratch: Pat
         logs: Logs as the model's features read them.
         model: Folder of the artifact.
         window: Start and exclusive end of the request times, microseconds.
-        scratch: Empty folder.
+        scratch: Empty folder for temporary files.
 
     Returns:
-        A table with row IDs, digests, predictions and scores. The column names are the request log's.
+        A table with row IDs, digests, predictions and scores. Columns have the same names as in the request log.
 
     Raises:
         UserError: The log can't be read, or it has no rows in the period or none before the period.
@@ -243,7 +252,7 @@ def score_offline(logs: Logs, model: Path, window: tuple[int, int], scratch: Pat
 
 
 def _score(ranker: Ranker, rows: LogRows) -> pa.Table:
-    """Compute digests, predictions and scores of rows with their counters and histories."""
+    """Compute digests, predictions and scores of rows that already have columns with their counters and histories."""
     schema, layout = ranker.pipeline.schema, ranker.pipeline.layout
     filled_rows, ids = ranker.reader.fill_attributes(LogRows(rows.table, schema, rows.results)), schema.columns
     inputs, (values, log_scores) = ranker.pipeline.inputs(filled_rows), ranker.score(filled_rows)
@@ -259,7 +268,10 @@ def _score(ranker: Ranker, rows: LogRows) -> pa.Table:
 def _create_side(
     database: Database, name: str, table: pa.Table, schema: Schema, values: list[str], more: list[str]
 ) -> None:
-    """Create the table of one side: keys, readable IDs, and the values as `v0`, `v1` and so on."""
+    """Create the database table of the served or the offline rows.
+
+    The columns are keys to join by, IDs for examples, the values to compare (`v0`, `v1` and so on) and `more` columns.
+    """
     rows, columns = LogRows(table, schema), schema.columns
     side = {"key": rows.row_hashes(), "request_key": rows.request_hashes(), "user_key": rows.hashes([columns.user])}
     side |= {"number": pa.array(range(len(table)), pa.int64()), "time_us": rows.times()}
@@ -278,7 +290,7 @@ def _compare(
     window: Mapping[str, Any],
     weights: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Join both sides and compare values (see `check_skew`)."""
+    """Join served and offline rows, and compare their values (see `check_skew`)."""
     values = [
         name
         for name in offline.column_names
@@ -314,7 +326,7 @@ def _compare(
             allowed = f"least({allowed}, {RELATIVE_TOLERANCE} * {offline_value})"
         differs = f"NOT coalesce(abs({served_value} - {offline_value}) <= {allowed}, false)"
         name, kind = ("score", ValueKind.SCORE) if is_score else (name, ValueKind.PREDICTION)
-        if is_score:  # Scores with the caller's own weights can't be compared.
+        if is_score:  # Scores can't be compared if the request had its own task weights.
             differs = f"s.{request_log.WEIGHTS} IS NULL AND {differs}"
         compared.append(_compare_value(database, name, kind, differs, rows, (served_value, offline_value)))
     requests = "SELECT count(DISTINCT request_key) FROM log_rows"
@@ -331,9 +343,10 @@ def _compare(
 
 
 def _regression_factor(values: list[str], weights: Mapping[str, float]) -> str:
-    """Return SQL for the factor by which served regressions change the log's score.
+    """Return SQL for a factor of the offline score that replaces its regression predictions by the served ones.
 
-    Regressions are compared on their own. Rounding may change a small regression, and so the score, by much.
+    The score is a product of powers of predictions. Rounding may change a small prediction of a regression, and so the
+    score, by a large factor. Regressions are compared separately, so they must not make the scores differ again.
     """
     factor = "1.0"
     for task, weight in weights.items():
@@ -350,7 +363,16 @@ def _compare_value(
     rows: int,
     sides: tuple[str, str] | None = None,
 ) -> Comparison:
-    """Compare one value, given SQL for a mismatch and for the numbers on both sides."""
+    """Compare one value in all matched rows.
+
+    Args:
+        database: Database with the served and offline rows.
+        name: Name of the value.
+        kind: Kind of the value.
+        differs: SQL condition for rows that differ.
+        rows: Number of matched rows.
+        sides: SQL for the served and for the offline number. None for values that aren't numbers.
+    """
     served, offline = sides or ("NULL::DOUBLE", "NULL::DOUBLE")
     mismatches, largest = database.row(f"SELECT count(*) FILTER ({differs}), max(abs({served} - {offline})) {_BOTH}")
     query = f"SELECT o.*, {served} AS served, {offline} AS offline {_BOTH} WHERE {differs} ORDER BY o.number"
@@ -359,7 +381,7 @@ def _compare_value(
 
 
 def _examples(database: Database, query: str) -> list[dict[str, Any]]:
-    """Describe the first rows of a query."""
+    """Describe the first `MAX_EXAMPLES` rows of a query, for the report."""
     examples = list[dict[str, Any]]()
     for row in database.table(f"{query} LIMIT {MAX_EXAMPLES}").to_pylist():
         time, served = iso_time(row["time_us"]), row.get("served")

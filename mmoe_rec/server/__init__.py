@@ -1,4 +1,5 @@
 """The model server: it receives HTTP requests and replies with ranked candidates.
 
-Begin in `app`, whose pages work like MLflow's server. `ranking_queue` joins concurrent calls into batches.
+Begin in `app`, which has the same pages and reply formats as MLflow's server. `ranking_queue` joins concurrent calls
+into batches.
 """

@@ -34,9 +34,9 @@ Reload = Callable[[], Awaitable[None]]
 """Serves the model that the server's URI names now. Raises UserError if the model can't be loaded."""
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
-LIVENESS_PATH = "/ping"  # Stays 200 while the server drains, so that no liveness probe ends it early.
+LIVENESS_PATH = "/ping"  # Returns 200 while the server drains, so that a liveness probe doesn't kill it early.
 PUBLIC_PATHS = ("/health", LIVENESS_PATH)
-PAGE_PATH = "/"  # Public, as the page asks a person for the token.
+PAGE_PATH = "/"  # Needs no token, because the page itself asks a person for the token.
 
 VERSION = version("mmoe-rec")
 _log = logging.getLogger(__name__)
@@ -58,8 +58,8 @@ class Application:
 
         Args:
             models: The served model and the server's options.
-            metrics: Metrics of the worker. None starts at zero.
-            reload: Backend of `/reload`. None omits this page.
+            metrics: Metrics of the worker. None creates new metrics in memory.
+            reload: Function that `/reload` calls. None omits this page.
         """
         options = models.options
         self.models, self.token, self._reload = models, options.token, reload
@@ -85,15 +85,15 @@ class Application:
         ]
         routes = [Route(path, handler, methods=[method]) for method, path, handler in self._pages]
         self._app = Starlette(routes=routes, exception_handlers={HTTPException: _no_page, Exception: _failed})
-        self._app.router.redirect_slashes = False  # A redirect would contain the caller's own Host header as its URL.
+        self._app.router.redirect_slashes = False  # The URL of a redirect would contain the caller's own Host header.
 
     def close(self) -> None:
-        """Write the rest of the request log. Call it after the last call was answered."""
+        """Write the rest of the request log. Use this only after the last call was answered."""
         if self._log is not None:
             self._log.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one ASGI request. Nothing of the body is read if access is refused."""
+        """Answer one ASGI request. If access is refused, the body is not read."""
         page: ASGIApp = self._app
         if scope["type"] == "http" and (refused := self._check_access(scope)) is not None:
             self.metrics.refusals.labels(refused.reason).inc()
@@ -104,7 +104,7 @@ class Application:
         """Return an error if the host or the token isn't allowed."""
         is_open = scope["path"] in (*PUBLIC_PATHS, PAGE_PATH)
         if self.token is None and not is_open and (allowed_hosts := self.models.options.allowed_hosts) is not None:
-            # In a DNS rebinding attack, a web page reaches this server under the page's own host name.
+            # In a DNS rebinding attack, a web page of another site makes its own host name point to this server.
             for host in Headers(scope=scope).getlist("host"):
                 if re.sub(r":\d*$", "", host).strip("[]").lower() not in allowed_hosts:
                     sentence = (
@@ -114,7 +114,7 @@ class Application:
         authorization = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         if self.token is not None and not is_open:
             scheme, _, token = authorization.partition(b" ")
-            # A comparison in constant time, so that nobody can find the token letter by letter.
+            # Compare in constant time, so that nobody can guess the token letter by letter from the time of replies.
             if not hmac.compare_digest(token.strip(), self.token.encode()) or scheme.lower() != b"bearer":
                 sentence = "this server requires a token: send the header Authorization: Bearer TOKEN"
                 return HttpError(401, sentence, RefusalReason.UNAUTHORIZED, "UNAUTHENTICATED")
@@ -227,9 +227,9 @@ async def _failed(request: HttpRequest, error: Exception) -> Response:
 
 @cache
 def page_response() -> Response:
-    """Return the page. It has no data of the model, so that everybody may see it.
+    """Return the page on which a person can try the model. It contains no data of the model, so it needs no token.
 
-    The headers allow a browser to run only the page's own script and style, identified by their checksums. The page
+    The headers allow a browser to use only the page's own script and style, identified by their checksums. The page
     can contact only this server.
     """
     text = files("mmoe_rec.server").joinpath("page.html").read_text(encoding="utf-8")

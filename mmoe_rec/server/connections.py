@@ -1,7 +1,7 @@
 """uvicorn as the server of one worker, with limits on connections that uvicorn lacks.
 
 uvicorn limits the time of idle connections. It doesn't limit how long a request's headers may take to arrive, or how
-long a caller may take to receive a reply. httptools accepts headers of any size.
+long a caller may take to receive a reply. uvicorn's parser, httptools, accepts headers of any size.
 """
 
 import asyncio
@@ -22,15 +22,15 @@ _KEEP_ALIVE_SECONDS = 5.0
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server whose worker process decides when it ends."""
+    """A uvicorn server that ends when its worker process sets `should_exit`, and not at a signal."""
 
     def __init__(self, app: ASGIApp, read_timeout_seconds: float, grace_seconds: float) -> None:
         """Prepare to serve.
 
         Args:
             app: Application to serve.
-            read_timeout_seconds: Time for a request's headers to arrive and for the caller to receive the reply. The
-                actual limit is up to twice as long.
+            read_timeout_seconds: Limit on the time for a request's headers to arrive, and on the time for the caller to
+                receive the reply. The limits are checked only this often, so they can take effect up to twice as late.
             grace_seconds: Time to answer accepted calls once the server ends. Calls that take longer are dropped.
         """
         config = uvicorn.Config(
@@ -49,7 +49,7 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave signals to the parent."""
+        """Replace uvicorn's signal handlers by none, because the parent process handles signals."""
         yield
 
     def serve_on(self, bound: socket.socket, started: Callable[[], object]) -> None:
@@ -72,11 +72,11 @@ _Base: Any = HttpToolsProtocol
 
 
 class BoundedProtocol(_Base):
-    """uvicorn's protocol, which also closes connections with large headers and stalled connections."""
+    """uvicorn's protocol with limits. It closes stalled connections and connections with large headers."""
 
     _timer: asyncio.TimerHandle | None = None
-    _unfinished = 0  # Bytes of incomplete headers.
-    _progress = 0  # Number of started requests and finished replies.
+    _unfinished = 0  # Bytes received of headers that aren't complete yet.
+    _progress = 0  # Number of started requests and finished replies on this connection.
 
     def __init__(self, read_timeout_seconds: float, **uvicorn_options: Any) -> None:
         """Prepare for a connection.
@@ -100,7 +100,8 @@ class BoundedProtocol(_Base):
             self.send_400_response(f"The request's headers have more than {MAX_HEADER_BYTES // 2**10} KiB.")
 
     def _unsupported_upgrade_warning(self) -> None:
-        # The parser treats the rest of the data as another protocol and would never return another request.
+        # After an upgrade header, the parser treats all further data as another protocol. It would never return
+        # another request, so the connection is closed after the reply.
         if self.cycle is not None:
             self.cycle.keep_alive = False
 
@@ -117,7 +118,10 @@ class BoundedProtocol(_Base):
         self._timer = self.loop.call_later(self._seconds, self._check, self._progress)
 
     def _check(self, progress: int) -> None:
-        """Close a connection without progress since the last check. Calls in progress have their own timeout."""
+        """Close the connection if it made no progress since the last check.
+
+        A call that is being answered may go on, because it has its own timeout.
+        """
         is_answering = self.cycle is not None and not self.cycle.response_complete and not self.cycle.disconnected
         is_sent = self.transport.get_write_buffer_size() == 0
         if progress != self._progress or (is_answering and is_sent):

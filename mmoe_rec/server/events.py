@@ -1,4 +1,7 @@
-"""`POST /events`: read a call within limits, check its rows as a feature build does, and append them to the journal."""
+"""`POST /events`: read a call within limits, check its rows as a feature build does, and append them to the journal.
+
+A call contains rows of one log: the interaction log or an event log.
+"""
 
 import asyncio
 import logging
@@ -27,10 +30,10 @@ from mmoe_rec.server.server_metrics import Metrics
 from mmoe_rec.settings.sections import Serving
 
 EXAMPLE_BODY = '{"events": [{column: value, ...}, ...], "log": NAME}'
-_THREADS = 4  # Number of bodies that are checked, or wait for the disk, at a time.
+_THREADS = 4  # Number of calls whose rows are checked or written to disk at the same time.
 
 MissingAttributes = dict[str, np.ndarray]
-"""Attribute of users or candidates -> (N,) bool, the rows that omit it."""
+"""Column of users or candidates -> whether each of N rows omits it, shape (N,) bool."""
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ class EventHandler:
         """Open the journal.
 
         Args:
-            limits: Limits of calls.
+            limits: Limits of calls, from the section `serving` of the settings.
             journal: URL of the journal. It is created if it doesn't exist.
             metrics: Metrics of the worker.
             follower: Follower that ingests the journal into the current model.
@@ -53,13 +56,16 @@ class EventHandler:
         self._threads = ThreadPoolExecutor(_THREADS, "events")
 
     async def answer(self, request: Request) -> Response:
-        """Answer a call. The acknowledgement follows once the rows are durable. Errors become error replies."""
+        """Answer a call once its rows are durable. Errors become error replies."""
         with self._metrics.timed("events"):
             refusals = self._metrics.events_refused.labels
             return await handle_call(lambda: self._accept(request), self.limiter, lambda reason: refusals(reason).inc())
 
     async def _accept(self, request: Request) -> bytes:
-        """Append the rows of a call before the timeout. An append in progress is not interrupted."""
+        """Append the rows of a call and return the reply. Raise HttpError after a timeout.
+
+        The timeout does not interrupt an append in progress, so the rows may still be stored.
+        """
         require_json(request)
         if names := request.query_params.keys():
             raise HttpError(400, f"/events has no query parameter {quoted(min(names))}", RefusalReason.BODY)
@@ -69,7 +75,7 @@ class EventHandler:
             async with asyncio.timeout(limit):
                 log_name, table, missing = await run(self._check, body)
                 if missing:
-                    # Earlier acknowledged events may contain the missing attributes.
+                    # Missing attributes get their latest values, so the model must have ingested all earlier events.
                     await self._follower.wait_for_end()
                 return orjson.dumps(await run(self._append, log_name, table, missing))
         except TimeoutError:
@@ -80,7 +86,7 @@ class EventHandler:
             raise HttpError(503, sentence, RefusalReason.TOO_LONG, "TEMPORARILY_UNAVAILABLE", 1) from None
 
     def _check(self, body: bytes) -> tuple[str | None, pa.Table, MissingAttributes]:
-        """Parse and check a body. Return the event log's name, the rows and their missing attributes."""
+        """Parse and check a body. Return the log's name (None: interaction log), the rows and missing attributes."""
         validator = self._follower.ingester.validator
         try:
             log_name, rows = _parse_body(parse_json(body, self._limits))
@@ -134,7 +140,10 @@ def _missing_attributes(
 
 
 def _fill_missing(ranker: Ranker, table: pa.Table, missing: MissingAttributes) -> pa.Table:
-    """Fill missing attributes with their latest values, so that the journal contains all inputs of a feature build."""
+    """Fill missing attributes with the latest values of their user or candidate.
+
+    The journal then contains all inputs of a feature build.
+    """
     given = {name: table.column(name) for name in missing if name in table.column_names}
     filled = ranker.reader.fill_attributes(LogRows(table.drop_columns(list(given)), ranker.pipeline.schema)).table
     for name, column in given.items():

@@ -1,7 +1,9 @@
-"""`POST /invocations`: read a call within limits, parse, rank and reply with rankings or one error sentence.
+"""`POST /invocations`: read a call within limits, parse it, rank it, and reply with rankings or one error sentence.
 
-orjson rejects NaN, numbers beyond a double, half a surrogate pair and invalid UTF-8, as the JSON standard does. It also
-rejects nesting beyond 1,024 levels.
+A call contains one or more elements. Each element is a request: one user's list of candidates to rank.
+
+orjson parses the JSON. As the JSON standard demands, it rejects NaN, numbers beyond a double, lone surrogates and
+invalid UTF-8. It also rejects nesting beyond 1,024 levels.
 """
 
 import asyncio
@@ -39,7 +41,8 @@ MAX_INLINE_PARSE_BYTES = 256 * 2**10
 EXAMPLE_BODY = '{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}'
 _KEYS = ("inputs", "params", "dataframe_split", "dataframe_records")
 EXPLAIN_COST = 10
-"""An explained candidate counts as this many. With 45 counters, its part of the reply is 35 times as long."""
+"""Number of candidates that an explained candidate counts as in limits, because explanations make replies longer: with
+45 counters, 35 times as long."""
 _ERROR_REASONS = (RefusalReason.BODY, RefusalReason.ELEMENT, RefusalReason.MODEL)
 
 
@@ -49,7 +52,7 @@ class Call:
 
     Attributes:
         requests: Requests of the call. An invalid request is replaced by its error.
-        rows: Row indices of each request if the call is a data frame, else empty.
+        rows: Indices of each request's rows in the data frame, if the call has MLflow's data frame format. Else empty.
         candidates: Number of candidates of all valid requests. Explained candidates count `EXPLAIN_COST` times.
     """
 
@@ -59,7 +62,7 @@ class Call:
 
 
 class InvocationHandler:
-    """Handler that ranks calls with the current model."""
+    """Handler of `/invocations`, which ranks calls with the current model."""
 
     def __init__(self, models: ModelManager, metrics: Metrics, log: RequestLog | None = None) -> None:
         """Start the threads that parse, rank and, with a journal, ingest events.
@@ -75,7 +78,7 @@ class InvocationHandler:
         self.follower: JournalFollower | None = None
         if models.options.journal is not None:
             self.follower = JournalFollower(models, self.queue, metrics)
-        # One thread: parsing holds the interpreter lock, so more threads would only use more memory for bodies.
+        # One thread is enough. Parsing holds the interpreter lock, so more threads would only take memory for bodies.
         self._parsing = ThreadPoolExecutor(1, "parsing")
         self.limiter = CallLimiter(self.limits, "calls", metrics.calls.set)
         self.is_draining = False  # Whether the server is about to end, which /health reports.
@@ -127,7 +130,8 @@ class InvocationHandler:
         model = self.models.current.describe()
         for request, answer in zip(call.requests, answers, strict=True):
             if isinstance(answer, Ranking) and isinstance(request, Request):
-                # If the model was replaced since, the request log leaves its registered name and version empty.
+                # The registered name and version are known only of the current model. If the model that ranked was
+                # replaced in the meantime, the request log leaves both empty.
                 is_current = answer.model["version"] == model["artifact"]
                 name, version = (model["model"], model["version"]) if is_current else (None, None)
                 log.offer(answer, request.task_weights, name, version)
@@ -164,7 +168,7 @@ async def handle_call(
 
 
 async def wait_for_disconnect(request: HttpRequest) -> None:
-    """Wait until the caller disconnects. The body must have been read before."""
+    """Wait until the caller disconnects. Call this only after the body has been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -178,7 +182,7 @@ def error_response(refused: HttpError) -> Response:
 
 
 def _parse_query(query: Mapping[str, str]) -> tuple[bool, str | None]:
-    """Return whether errors may replace elements, and the journal position to wait for."""
+    """Return the query parameters `partial` (errors may replace elements) and `after` (a position of the journal)."""
     for name in query:
         if name not in ("partial", "after"):
             raise _invalid(
@@ -201,14 +205,17 @@ def content_type(request: HttpRequest) -> str:
 
 
 def require_json(request: HttpRequest) -> None:
-    """Raise HttpError unless the request declares its body as JSON. Pages of other origins can't do so by default."""
+    """Raise HttpError unless the request declares its body as JSON.
+
+    This protects against web pages of other sites, because browsers don't let them send JSON here.
+    """
     if not is_json_type(content_type(request)):
         sentence = "the body must be JSON: send the header Content-Type: application/json"
         raise HttpError(415, sentence, RefusalReason.NO_JSON)
 
 
 async def read_body(request: HttpRequest, limits: Serving) -> bytes:
-    """Read the body of a call. A body that is too large is read to its end and dropped.
+    """Read the body of a call. A body that is too large is read to its end, so that the caller receives the error.
 
     Args:
         request: HTTP request.
@@ -266,10 +273,10 @@ def parse_call(body: bytes, limits: Serving, ranker: Ranker) -> Call:
     Args:
         body: Bytes of the body.
         limits: Limits on elements, candidates and nesting.
-        ranker: Ranker of the current model, whose schema groups the rows of data frames.
+        ranker: Ranker of the current model. Its schema determines which rows of a data frame form a request.
 
     Raises:
-        HttpError: The body has another structure, or exceeds a limit.
+        HttpError: The body doesn't have the structure of a call, or exceeds a limit.
     """
     tree = parse_json(body, limits)
     if not isinstance(tree, dict):
@@ -306,7 +313,7 @@ def _check_candidates(count: int, limits: Serving, hint: str = "") -> None:
 def _parse_elements(
     tree: Mapping[str, Any], params: Mapping[str, Any], limits: Serving, ranker: Ranker
 ) -> tuple[Any, list[list[int]]]:
-    """Return the elements of a call, and for MLflow's data frames also the row indices of each element."""
+    """Return the elements of a call. For MLflow's data frames, also return the indices of each element's rows."""
     if len(forms := [name for name in _KEYS if name in tree and name != "params"]) > 1:
         raise _invalid(f"a call may contain only one of {' and '.join(map(repr, forms))}")
     if "dataframe_records" in tree:
@@ -368,9 +375,9 @@ def encode_reply(answers: Answers, events_failure: str | None, partial: bool, ro
 
     Args:
         answers: Ranking or error of each element.
-        events_failure: Why the model lacks some events, for the warnings. None if it doesn't.
+        events_failure: Why the model lacks some events. It becomes a warning. None if the model lacks none.
         partial: Whether the reply may contain errors of elements.
-        rows: Row indices of each element if the call is a data frame, else empty.
+        rows: Indices of each element's rows in the data frame, if the call has that format. Else empty.
 
     Raises:
         HttpError: An element is invalid and `partial` is false.

@@ -1,12 +1,13 @@
 """The served model, its updates from the journal, and its replacement by a newer model.
 
-A new model must rank its own example before it replaces the old model, which serves until then. One process loads the
-model and writes it to memory that all workers map. Most of a model consists of arrays (tables of counters and
-histories, weights). Workers share the arrays and have only small objects of their own.
+A new model must rank the example request in its artifact before it replaces the old model, which serves until then. One
+process loads the model and writes it to memory that all workers map. Most of a model consists of arrays: weights, and
+tables of counters and histories. Workers share the arrays and have only small objects of their own.
 
-With a journal, a model ingests events (`EventIngester`). Its tables already include the journal up to a position that
-the artifact names. If the artifact names another journal or none, the tables count as including all rows no later than
-the tables. The model ingests the rest in the journal's order. Workers and restarted servers thus reach the same state.
+With a journal, a model ingests the events that its tables lack (`EventIngester`), in the journal's order. All workers
+and restarted servers thus reach the same state. The artifact names the journal whose events its tables contain, and the
+last position in the tables. If it names a different journal or none, the model ingests only rows with times after the
+newest row of its tables, because earlier rows may already be in the tables.
 """
 
 import io
@@ -39,9 +40,12 @@ _REGISTERED = re.compile(r"models:/+([^/@]+)/(\d+)")
 
 
 class IngestOutcome(StrEnum):
-    """Outcome of a row of the journal, as a label of the metric `events_ingested`.
+    """Outcome of a row that a server received, as a label of the metric `events_ingested`.
 
-    `IN_TABLES` rows are also counted as `ACCEPTED`.
+    Attributes:
+        ACCEPTED: The journal contains the row.
+        DUPLICATE: The journal already had the row and skipped it.
+        IN_TABLES: The model ignores the row because its tables may contain it. The row also counts as `ACCEPTED`.
     """
 
     ACCEPTED = "accepted"
@@ -55,8 +59,8 @@ class ModelUpdate:
 
     Attributes:
         prepared: State that the model can switch to.
-        position: Position of the journal that the state includes.
-        accepted_at: Times at which the batches were accepted, microseconds.
+        position: Position in the journal of the last batch in the state.
+        accepted_at: Time at which a server accepted each batch, microseconds since 1970 UTC.
         counts: Number of rows by outcome.
     """
 
@@ -67,12 +71,15 @@ class ModelUpdate:
 
 
 class EventIngester:
-    """Updates one model with the events of a journal. `read` and `apply` alternate and may run in any thread.
+    """Updates one model with the events of a journal. Call `read` and `apply` in turns, from any thread.
 
     Attributes:
-        position: Position up to which the model includes the journal.
-        events_failure: Why the model can never include some events, as a sentence. None if it can.
-        validator: Checks of rows for the journal.
+        ranker: Ranker of the model.
+        journal: The open journal.
+        schema: Schema of the model.
+        position: Position in the journal of the last batch that the model includes.
+        events_failure: Why the model will always lack some events, as a sentence. None if it can include all.
+        validator: Checks of the rows that callers send for the journal.
     """
 
     def __init__(self, ranker: Ranker, url: str, max_rows: int = MAX_CALL_ROWS) -> None:
@@ -81,10 +88,10 @@ class EventIngester:
         Args:
             ranker: Ranker of the model.
             url: URL of the journal.
-            max_rows: Maximum number of rows in a new batch.
+            max_rows: Maximum number of rows in one call of `/events`.
 
         Raises:
-            UserError: There is no journal at the URL.
+            UserError: There is no journal at the URL, or the model's settings don't support one.
         """
         self.ranker, self.journal = ranker, Journal(url, create=False)
         self.schema = ranker.pipeline.schema
@@ -111,7 +118,7 @@ class EventIngester:
             _log.warning("%s", self.events_failure)
 
     def catch_up(self) -> None:
-        """Ingest all new events. The model must not be in use yet."""
+        """Ingest all new events. Call this only before the model is in use."""
         while (update := self.read()) is not None:
             self.apply(update)
 
@@ -134,11 +141,14 @@ class EventIngester:
         return ModelUpdate(self.ranker.build_state(rows), batches[-1].position, accepted_at, +counts)
 
     def count_ignored(self, times: np.ndarray) -> int:
-        """Count the rows with (N,) times, microseconds, that are ignored because the tables may include them."""
+        """Count the rows that the model ignores because its tables may include them.
+
+        `times` are the times of N rows in microseconds, shape (N,).
+        """
         return 0 if self._is_in_tables else int(np.sum(times <= self.ranker.tables_as_of_us))
 
     def apply(self, update: ModelUpdate) -> None:
-        """Switch the model to a prepared state. No batch may be ranked meanwhile."""
+        """Switch the model to a prepared state. Call this only while no batch is being ranked."""
         self.ranker.set_state(update.prepared)
         self.position = update.position
 
@@ -162,8 +172,8 @@ class ServedModel:
     def describe(self) -> dict[str, str | None]:
         """Return the model's identity.
 
-        `model` and `version` are the registered name and version, if the model comes from the registry. `artifact` is
-        the version in rankings.
+        `model` is the registered name, or the artifact's name if the model doesn't come from the registry. `version` is
+        the registered version, if any. `artifact` is the version that replies contain.
         """
         registered = _REGISTERED.match(self.source.uri)
         info = self.ranker.info
@@ -179,11 +189,12 @@ class ServedModel:
 
 
 class ModelManager:
-    """The current model.
+    """Holder of the served model, which replaces it by newer ones.
 
     Attributes:
+        options: Options of the server.
         current: The served model.
-        reload_failure: Why a newer model isn't served, None if there is none.
+        reload_failure: Why the newest model could not be loaded, None if it is served.
     """
 
     def __init__(self, options: ServerOptions, first: ResolvedModel | ServedModel) -> None:
@@ -201,11 +212,12 @@ class ModelManager:
         self.current = self.open(first) if isinstance(first, ResolvedModel) else first
 
     def switch_to(self, served: ServedModel) -> None:
-        """Serve an opened model, once it has ingested all events that the journal or the previous model has."""
+        """Serve an opened model, after it has ingested all new events and caught up with the previous model."""
         previous, ingester = self.current.ingester, served.ingester
         if ingester is not None:
             ingester.catch_up()
-            # The previous model may have ingested more since, and callers may ask for its position.
+            # The previous model may have ingested more events in the meantime. A caller who was given a later position
+            # must not get a ranking from a model that lacks these events.
             while previous is not None and ingester.position < previous.position and (update := ingester.read()):
                 ingester.apply(update)
         self.current = served
@@ -213,7 +225,7 @@ class ModelManager:
             previous.journal.close()
 
     def open(self, source: ResolvedModel) -> ServedModel:
-        """Load a model while the current one serves. Raise UserError if it can't be loaded or can't rank."""
+        """Load a model while the current one serves. Raise UserError if the model can't be loaded or can't rank."""
         try:
             ranker = Ranker.load(source.folder)
             ranker.apply_serving_settings(self.options.setting_overrides)
@@ -234,12 +246,15 @@ class ModelManager:
         return ServedModel(ranker, source, example, ingester)
 
 
-_ALIGNMENT = 64  # Bytes, the most that numpy, torch and Arrow require.
+_ALIGNMENT = 64  # Bytes. This is the largest alignment that numpy, torch or Arrow requires.
 _LOCKS = {type(lock()): lock for lock in (threading.Lock, threading.RLock)}
 
 
 class _Pickler(pickle.Pickler):
-    """Pickler that passes tensors as out-of-band buffers, as numpy and Arrow do, and creates new locks."""
+    """Pickler that moves the content of tensors to separate (out-of-band) buffers, as numpy and Arrow do for arrays.
+
+    Locks can't be pickled, so each process that loads the pickle gets new ones.
+    """
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) in _LOCKS:
@@ -274,7 +289,7 @@ def write_shared(served: ServedModel, path: str) -> None:
 
 
 def map_shared(path: str) -> ServedModel:
-    """Map the model in a file. Processes share a page of its memory until one of them writes to the page."""
+    """Map the model in a file of `write_shared`. Processes share each page of memory until one of them writes to it."""
     with open(path, "rb") as file:
         sizes, end = pickle.load(file), file.tell()
         memory = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))

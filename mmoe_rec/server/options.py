@@ -25,13 +25,13 @@ class ServerOptions:
     """Options of a server.
 
     Attributes:
-        limits: Limits of calls.
+        limits: Limits of calls, from the section `serving` of the settings.
         setting_overrides: Settings that replace the settings of each served model.
         grace_seconds: Seconds from SIGTERM, or from the end of the drain, to the end of the process.
-        token: Token that callers must send. None lets everybody in.
-        journal: URL of the journal. None accepts no events.
-        request_log: Options of the request log. None logs no requests.
-        allowed_hosts: Allowed values of the header Host. None allows any value.
+        token: Token that callers must send. If None, callers need no token.
+        journal: URL of the journal. If None, the server accepts no events.
+        request_log: Options of the request log. If None, requests are not logged.
+        allowed_hosts: Allowed values of the header Host. If None, any value is allowed.
         drain_seconds: Seconds from SIGTERM until the port closes. Health checks fail in this time.
     """
 
@@ -74,9 +74,9 @@ class HttpError(Exception):
     Attributes:
         status: HTTP status.
         message: One sentence for the caller.
-        reason: Reason for the metrics.
+        reason: Reason under which the metrics count the call.
         error_code: Error code as in MLflow's replies.
-        retry_after: Seconds after which the same call may succeed. None doesn't suggest a retry.
+        retry_after: Seconds after which the same call may succeed. None if a retry is not worthwhile.
     """
 
     status: int
@@ -98,7 +98,7 @@ class CallLimiter:
 
         Args:
             limits: Limits of the server.
-            calls: Name of the calls in messages.
+            calls: Name of the calls in messages, such as "calls of /events".
             on_change: Receives the number of active calls whenever it changes.
         """
         self._limits, self._calls, self._on_change = limits, calls, on_change
@@ -106,7 +106,10 @@ class CallLimiter:
 
     @contextmanager
     def acquire(self) -> Iterator[None]:
-        """Count a call as active, or raise HttpError. Acquire before reading the body, which takes memory."""
+        """Count a call as active within the context. Raise HttpError if the limit is reached.
+
+        Enter the context before reading the call's body, because bodies take memory.
+        """
         if self.active >= self._limits.max_concurrent_calls:
             sentence = f"{self.active} {self._calls} are active, the limit of this server"
             hint = "(setting `serving.max_concurrent_calls`); try again"
@@ -121,7 +124,7 @@ class CallLimiter:
 
 
 def truncate(sentence: str) -> str:
-    """Shorten a sentence. It may quote a value from the caller that is as long as the body."""
+    """Cut a sentence to `MAX_MESSAGE_CHARACTERS`, because it may quote a value that is as long as the call's body."""
     return sentence if len(sentence) <= MAX_MESSAGE_CHARACTERS else f"{sentence[: MAX_MESSAGE_CHARACTERS - 3]}..."
 
 
@@ -146,7 +149,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 
 def listen(bound: socket.socket) -> None:
-    """Accept connections. Raise UserError if another program listens on the same port of all addresses."""
+    """Accept connections. Raise UserError if another program already listens on the port."""
     try:
         bound.listen(BACKLOG)
     except OSError as error:
@@ -166,8 +169,8 @@ def url_of(bound: socket.socket) -> str:
 def log_to_stderr() -> None:
     """Log to stderr, one line per message."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s [%(process)d] %(message)s", force=True)
-    # uvicorn logs its start and end, as this server does. Its warnings add a line for each request that isn't HTTP, so
-    # a caller could fill the disk.
+    # uvicorn logs its start and end, which this server logs, too. It also warns about each request that isn't HTTP, so
+    # a caller could fill the disk with warnings.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
 
 

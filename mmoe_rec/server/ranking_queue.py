@@ -1,8 +1,8 @@
-"""Queue of calls for one thread that ranks. Calls that wait for the current batch form the next batch.
+"""Queue of calls for one thread that ranks. Calls that arrive while a batch is ranked form the next batch.
 
-There is only one thread, because torch has one thread and Python holds the interpreter lock. Two concurrent batches
-would slow each other. If a batch of several calls fails, each call is ranked again on its own. Each caller thus gets
-the answer to its call and never another call's error.
+There is only one ranking thread. Two batches at the same time would only slow each other, because torch computes with
+one thread here and Python's interpreter lock admits one thread at a time. If a batch of several calls fails, each call
+is ranked again on its own. A call therefore never fails because of another call.
 
 A worker's model ingests all events of the journal, whichever worker accepted them. `JournalFollower` reads the journal
 in its own thread and prepares the model's next state. The model switches to this state between two batches, so a batch
@@ -36,15 +36,16 @@ from mmoe_rec.server.server_metrics import Metrics
 
 Answers = list[Ranking | RequestError]
 MAX_BATCH_CANDIDATES = 4_096
-"""Limit on the candidates of calls in one batch. In a larger batch, calls wait for each other longer than they save."""
+"""Limit on the candidates in a batch of several calls. In larger batches, calls lose more time by waiting for each
+other than a common batch saves."""
 
 POLL_SECONDS = 0.05
 """Seconds between reads of the journal."""
 _REST_SECONDS = 0.3
-"""Seconds that the follower leaves the processor to requests after an update, unless a caller waits. An update with few
-rows costs nearly as much as one with many rows."""
+"""Seconds between two updates with new events, so that requests get the processor. An update with few rows takes nearly
+as long as one with many rows. If a caller waits for a position of the journal, the next update starts at once."""
 _PAUSE_AFTER_FAILURE_SECONDS = 5.0
-_POSITION_POLL_SECONDS = 0.001  # Between checks whether a caller's position is reached.
+_POSITION_POLL_SECONDS = 0.001  # Seconds between two checks whether the model has reached a caller's position.
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class _Queued:
     since: float = field(default_factory=perf_counter)
 
     def leave(self) -> None:
-        """Drop the call because its caller has disconnected."""
+        """Drop this call from the queue, because its caller has disconnected."""
         if not self.answers.done():
             self.answers.set_exception(ClientDisconnect())
 
@@ -76,13 +77,13 @@ class RankingQueue:
         self._queue: deque[_Queued] = deque()
         self._busy_since: float | None = None
         self.executor = ThreadPoolExecutor(1, "ranking")
-        """Runs batches, and work that must not overlap with a batch."""
-        # Start the thread now. A first batch that can't start its thread would count as busy forever.
+        """Thread that runs batches, and work that must not overlap with a batch."""
+        # Start the thread now. If the first batch could not start the thread, the queue would stay busy forever.
         self.executor.submit(use_one_thread)
 
     @property
     def is_stuck(self) -> bool:
-        """Whether a batch has taken so long that it will hardly finish."""
+        """Whether the current batch takes over 3 times the timeout of a call, so it will probably never finish."""
         since = self._busy_since
         return since is not None and monotonic() - since > 3 * self._limits.call_timeout_seconds
 
@@ -97,8 +98,8 @@ class RankingQueue:
         """Rank a call's requests in the next batch.
 
         Args:
-            requests: Requests of the call, or their errors.
-            candidates: Number of candidates in all requests, with `EXPLAIN_COST` applied.
+            requests: Requests of the call. An invalid request is replaced by its error.
+            candidates: Number of candidates in all requests. Explained candidates count `EXPLAIN_COST` times.
             disconnected: Future that finishes once the caller has disconnected.
 
         Returns:
@@ -133,7 +134,7 @@ class RankingQueue:
         candidates = 0
         while self._queue and (not calls or candidates + self._queue[0].candidates <= MAX_BATCH_CANDIDATES):
             call = self._queue.popleft()
-            if not call.answers.done():  # It is done if the call timed out or its caller disconnected.
+            if not call.answers.done():  # The future is done if the call timed out or its caller disconnected.
                 calls.append(call)
                 candidates += call.candidates
         self._metrics.waiting.set(len(self._queue))
@@ -148,7 +149,7 @@ class RankingQueue:
         def work() -> None:
             with self._metrics.timed("score"):
                 answers = rank_batch(ranker, [call.requests for call in calls])
-            with suppress(RuntimeError):  # The event loop has ended, so nobody waits.
+            with suppress(RuntimeError):  # If the event loop has ended, nobody waits for the answers.
                 loop.call_soon_threadsafe(self._end_batch, calls, answers)
 
         self.executor.submit(work)
@@ -216,7 +217,7 @@ class JournalFollower:
 
     @property
     def events_failure(self) -> str | None:
-        """Why the current model lacks some events of the journal, as a sentence. None if it lacks none."""
+        """Why the current model lacks some events of the journal, as a sentence. None if no update has failed."""
         return "; ".join(filter(None, [self.failure, self.ingester.events_failure])) or None
 
     @property
@@ -227,7 +228,7 @@ class JournalFollower:
         return ingester
 
     async def wait_for_position(self, text: str) -> None:
-        """Wait until the current model includes the journal up to a position, given as text.
+        """Wait until the current model includes the journal up to a position.
 
         Raises HttpError if the text isn't a position, or after a timeout.
         """
@@ -239,7 +240,10 @@ class JournalFollower:
         await self._wait_until(position, until)
 
     async def wait_for_end(self) -> None:
-        """Wait until the current model includes all events in the journal now. Raise HttpError after a timeout."""
+        """Wait until the current model includes all events that are now in the journal.
+
+        Raises HttpError after a timeout.
+        """
         until = time.monotonic() + self._limits.call_timeout_seconds
         read_position = self.ingester.journal.last_position
         await self._wait_until(await asyncio.get_running_loop().run_in_executor(None, read_position), until)
@@ -261,12 +265,12 @@ class JournalFollower:
             if self.failure is not None:
                 _log.info("events are ingested again")
             self.failure = None
-        except Exception as error:  # Whatever the error is, the model keeps serving its last state with a warning.
+        except Exception as error:  # After any error, the model keeps serving its last state, and replies warn of it.
             if (failure := error_message(error)) != self.failure:
                 is_bug = not isinstance(error, UserError)
                 _log.error("the model can't ingest more events: %s", failure, exc_info=is_bug)
             self.failure, rest = failure, _PAUSE_AFTER_FAILURE_SECONDS
-        live = self.ingester.ranker.pipeline.live  # Includes rows that were ingested before serving.
+        live = self.ingester.ranker.pipeline.live  # Includes the rows that were ingested before serving began.
         self._metrics.live_rows.set(live.rows)
         return rest
 
@@ -284,7 +288,10 @@ class JournalFollower:
 
 
 def _follow(follower: "weakref.ref[JournalFollower]", wake: threading.Event) -> None:
-    """Poll until the follower is freed. A strong reference exists only during a poll. `wake` ends a pause."""
+    """Poll until the follower is freed. Setting `wake` ends the pause between two polls.
+
+    Only a weak reference is kept between polls, because a strong reference would keep the follower alive forever.
+    """
     while (alive := follower()) is not None:
         rest = alive.poll()
         del alive

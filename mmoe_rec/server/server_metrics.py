@@ -1,7 +1,8 @@
 """Metrics of the server in Prometheus' format.
 
-With several workers, each worker's metrics are in files of one folder. prometheus-client reads the folder from
-PROMETHEUS_MULTIPROC_DIR when it is imported. The worker that answers `/metrics` adds the metrics of all workers.
+Each worker writes its metrics to files in a folder that all workers share. prometheus-client reads the path of this
+folder from PROMETHEUS_MULTIPROC_DIR when it is imported. The worker that answers `/metrics` sums the metrics of all
+workers.
 """
 
 import os
@@ -25,7 +26,8 @@ class Metrics:
         """Set up the metrics.
 
         Args:
-            name: Name of the metric files if there are several workers. An earlier worker may have written them.
+            name: Name for the metric files of this worker, whose counters continue if a replaced worker had the same
+                name. None keeps the metrics in memory.
         """
         if name is not None:
             values.ValueClass = values.MultiProcessValue(lambda: name)
@@ -68,7 +70,7 @@ class Metrics:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the time of a block to a stage."""
+        """Measure the time within the context, and add it to the times of a stage."""
         started = perf_counter()
         try:
             yield

@@ -1,14 +1,22 @@
 """Worker processes that listen on one socket, and a parent process that starts and replaces them.
 
-On Linux, multiprocessing's fork server has imported torch and the other packages. It forks all processes, so they share
-the memory of the packages. Other systems spawn new processes. For each model, a loader process reads and checks the
-artifact, writes the model to shared memory (`mmoe_rec.server.models`) and ends. Workers map that memory. The parent
-looks for a new model. It has the model loaded while workers serve the old one, and then tells them to switch.
+On Linux, multiprocessing's fork server imports torch and the other packages once. It then forks all other processes,
+which share the memory of the packages. Other systems spawn new processes.
 
-Messages through a worker's pipe:
+For each model, a loader process reads and checks the artifact, writes the model to shared memory
+(`mmoe_rec.server.models`) and ends. Workers map that memory. The parent checks for a new model. While a loader loads
+it, workers serve the old model. The parent then tells them to switch.
 
-    parent -> worker    WorkerState, whenever it changes; ReloadResult, the reply to RELOAD; STOP
-    worker -> parent    RELOAD; DEPLOYED, once the worker serves the state's model
+Messages from the parent to a worker, through the worker's pipe:
+
+    WorkerState     the state that the worker should have, sent whenever it changes
+    ReloadResult    the reply to RELOAD
+    STOP            finish the accepted calls and end
+
+Messages from a worker to the parent:
+
+    RELOAD          a caller asks for a check for a new model
+    DEPLOYED        the worker now serves the model of its state
 """
 
 import asyncio
@@ -40,10 +48,10 @@ from mmoe_rec.server.options import ServerOptions, end_process, error_message, l
 from mmoe_rec.server.server_metrics import METRICS_FOLDER_VARIABLE, Metrics
 
 TICK_SECONDS = 0.2
-_LOAD_SECONDS, _SWITCH_SECONDS = 600.0, 30.0  # A process that takes longer hangs, and is killed.
-_PAUSE_SECONDS = 2.0  # Between two starts of a worker, so that repeated failures don't use the whole machine.
-_MAX_FOLDER_CHARACTERS = 85  # A Unix socket's path has at most 107 characters, and its name in the folder 18.
-# Fractions of the grace period. Calls end first, then workers. A worker that is still alive is killed.
+_LOAD_SECONDS, _SWITCH_SECONDS = 600.0, 30.0  # A process that takes longer to load or switch a model is killed.
+_PAUSE_SECONDS = 2.0  # Pause between two starts of a worker, so that repeated failures don't use the whole machine.
+_MAX_FOLDER_CHARACTERS = 85  # A Unix socket's path has at most 107 characters. The file name takes 18 of them.
+# Fractions of the grace period after which unfinished calls are dropped, and workers that are still alive are killed.
 _CALLS_FRACTION, _WORKERS_FRACTION = 0.8, 0.9
 
 _log = logging.getLogger(__name__)
@@ -59,7 +67,11 @@ class WorkerMessage(StrEnum):
 
 @dataclass(frozen=True)
 class ReloadResult:
-    """Reply to a worker's RELOAD. `failure` says why it failed, None if it succeeded."""
+    """Reply to a worker's RELOAD message.
+
+    Attributes:
+        failure: Why loading a new model failed, None if it succeeded or there was no new model.
+    """
 
     failure: str | None
 
@@ -75,28 +87,29 @@ class ModelFinder(Protocol):
     """Finds the model at the server's URI."""
 
     def fingerprint(self) -> str | None:
-        """Return a value that changes whenever the URI names another model. Must be cheap.
+        """Return a value that changes whenever the URI names another model, without fetching the model.
 
-        Returns None if only fetching the model can tell. Raises UserError.
+        Returns None if a change can't be noticed without fetching the model. Raises UserError if the URI can't be
+        looked up.
         """
 
     def find(self) -> ResolvedModel:
-        """Return the model that the URI names now. Raises UserError."""
+        """Return the model that the URI names now. Raises UserError if there is none or it can't be fetched."""
 
 
 ReloadCallback = Callable[[str | None], object]
-"""Receives the result of a reload: the reason why it failed, None if it succeeded."""
+"""Function that receives the reason why a reload failed, or None if it succeeded."""
 
 
 class Reloader:
-    """Deploys new models at the server's URI, one attempt after another."""
+    """Checks whether the server's URI names a new model, and deploys it. Only one attempt runs at a time."""
 
     def __init__(self, finder: ModelFinder, fingerprint: str | None, deploy: Callable[[ResolvedModel], None]) -> None:
-        """Start without an attempt.
+        """Remember the served model. Attempts begin with `run`.
 
         Args:
             finder: Finds models.
-            fingerprint: The finder's fingerprint from before it found the served model.
+            fingerprint: Fingerprint of the served model, which the finder returned before it found the model.
             deploy: Loads a model and serves it. Raises UserError if the model can't be loaded.
         """
         self._finder, self._deploy = finder, deploy
@@ -105,12 +118,12 @@ class Reloader:
         self._callbacks, self._wake = list[ReloadCallback](), threading.Event()
 
     def request_reload(self, callback: ReloadCallback) -> None:
-        """Request an attempt. Requests before it begins share it."""
+        """Request an attempt to deploy a new model. Requests that arrive before the attempt begins share it."""
         self._callbacks.append(callback)
         self._wake.set()
 
     def run(self, poll: float) -> None:
-        """Look for a new model forever, on request and every `poll` seconds (0: only on request)."""
+        """Check for a new model forever, on request and every `poll` seconds (0: only on request)."""
         while True:
             self._wake.wait(poll or None)
             self._wake.clear()
@@ -120,7 +133,7 @@ class Reloader:
                 callback(failure)
 
     def reload_if_changed(self, is_requested: bool) -> str | None:
-        """Deploy the model at the URI if it has changed. Return why that failed, None if it didn't.
+        """Deploy the model at the URI if it has changed. Return the reason if that fails, otherwise None.
 
         A model that can't be loaded is tried again only on request or after the fingerprint changes.
         """
@@ -129,7 +142,7 @@ class Reloader:
             if fingerprint == self._served and fingerprint is not None if is_requested else fingerprint == self._tried:
                 return None
             source = self._finder.find()
-        except Exception as error:  # Whatever the error is, keep this thread alive, as the next attempt may succeed.
+        except Exception as error:  # No error may end this thread, because the next attempt may succeed.
             if (sentence := error_message(error)) != self._reported:
                 _log.warning("checking for a new model failed: %s", sentence)
             self._reported = sentence
@@ -157,7 +170,7 @@ def serve_by_workers(
 
     Args:
         source: Model to serve first.
-        fingerprint: The finder's fingerprint from before it found the model.
+        fingerprint: Fingerprint of this model, which the finder returned before it found the model.
         finder: Finds new models.
         bound: Bound socket to listen on.
         options: Options of the server.
@@ -178,16 +191,20 @@ def serve_by_workers(
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"the temporary folder can't be written to ({reason}): set TMPDIR") from None
-        # Packages read these variables when imported. OpenBLAS threads would not survive a fork.
+        # Packages read these variables when they are imported. A fork copies only one thread, so OpenBLAS must use one.
         os.environ.update({METRICS_FOLDER_VARIABLE: folder, "OPENBLAS_NUM_THREADS": "1"})
-        # The fork server's socket is removed with its folder. multiprocessing has no public setting for the folder.
+        # Put the fork server's socket into a folder that is removed at the end. multiprocessing has no public setting
+        # for this folder.
         vars(multiprocessing.current_process())["_config"]["tempdir"] = sockets
         parent = _Parent(bound, options, workers)
         return parent.run(source, Reloader(finder, fingerprint, parent.deploy), poll)
 
 
 class _SharedFile:
-    """A file in memory or a temporary file. It disappears once it is closed and no process maps it."""
+    """File for a model: in memory on Linux, a temporary file elsewhere.
+
+    The file disappears once it is closed and no process maps it.
+    """
 
     def __init__(self) -> None:
         if sys.platform == "linux":
@@ -203,11 +220,11 @@ class _SharedFile:
 
 @dataclass(frozen=True)
 class WorkerState:
-    """What workers should do.
+    """State that all workers should have.
 
     Attributes:
         path: File with the model to serve.
-        reload_failure: Why a newer model isn't served, None if there is none.
+        reload_failure: Why the newest model could not be loaded, None if it is served.
         is_draining: Whether the server is about to end.
     """
 
@@ -218,7 +235,14 @@ class WorkerState:
 
 @dataclass(eq=False)
 class _Worker:
-    """The parent's view of a worker. `is_deployed` is set while the worker serves the latest model."""
+    """A worker, as the parent sees it.
+
+    Attributes:
+        process: Process of the worker.
+        pipe: Pipe to the worker.
+        since: Time at which the worker was started, by the monotonic clock.
+        is_deployed: Event that is set while the worker serves the newest loaded model.
+    """
 
     process: BaseProcess
     pipe: Connection
@@ -255,7 +279,7 @@ class _Parent:
                 return 0
             raise
         self._state = WorkerState(self._model.path)
-        listen(self._bound)  # Listen before starting workers, so that an address in use ends the start.
+        listen(self._bound)  # This comes before the workers, so that the server ends here if the port is in use.
         _log.info("serving %s at %s/invocations", source.uri, url_of(self._bound))
         threading.Thread(target=reloader.run, args=(poll,), name="reloads", daemon=True).start()
         try:
@@ -300,13 +324,13 @@ class _Parent:
         worker_end.close()
 
     def _remove(self, number: int) -> None:
-        """Remove a worker that has ended and schedule the next start."""
+        """Remove a worker that has ended, and schedule the start of its replacement."""
         with self._lock:
             worker = self._workers.pop(number)
             worker.pipe.close()
         worker.is_deployed.set()
         worker.process.join()
-        mark_process_dead(str(number))  # Resets the worker's gauges. Its counters stay.
+        mark_process_dead(str(number))  # The metrics no longer add the worker's gauges. Its counters stay.
         _log.warning("worker %s ended by %s and is replaced", worker.process.pid, _describe_end(worker.process))
         self._starts[number] = worker.since + _PAUSE_SECONDS
 
@@ -344,7 +368,7 @@ class _Parent:
         return model
 
     def deploy(self, source: ResolvedModel) -> None:
-        """Load a model and switch all workers to it. Raise UserError if it can't be loaded."""
+        """Load a model and switch all workers to it. Raise UserError if the model can't be loaded."""
         try:
             model = self._load(source)
         except UserError as error:
@@ -365,7 +389,7 @@ class _Parent:
         _log.info("serving %s", source.uri)
 
     def _update_state(self, **changes: Any) -> list[_Worker]:
-        """Change the state, send it to all workers and return them."""
+        """Change fields of the workers' state, send the new state to all workers, and return the workers."""
         with self._lock:
             state = replace(self._state, **changes)
             is_new = state.path != self._state.path
@@ -467,7 +491,7 @@ class _Serving:
         from mmoe_rec.server.ranking_queue import use_one_thread
 
         self._pipe, self._path, self._metrics, self._map = pipe, state.path, Metrics(str(number)), map_shared
-        self._reloads = list[asyncio.Future[str | None]]()  # Replies arrive in this order.
+        self._reloads = list[asyncio.Future[str | None]]()  # The parent replies in the order of these requests.
         self._thread = ThreadPoolExecutor(1, "loading", initializer=use_one_thread)
         use_one_thread()
         self._models = ModelManager(options, self._open(state.path))
@@ -491,7 +515,7 @@ class _Serving:
             raise UserError(failure)
 
     def handle_message(self) -> None:
-        """Act on the next message."""
+        """Act on the next message from the parent."""
         try:
             message = self._pipe.recv()
         except (EOFError, OSError):
@@ -508,14 +532,14 @@ class _Serving:
             self.server.should_exit = True
 
     def _apply_state(self, state: WorkerState) -> None:
-        """Apply a state. A new model is opened in another thread."""
+        """Apply a state from the parent. If it has a new model, another thread opens the model."""
         self._models.reload_failure, self.app.invocations.is_draining = state.reload_failure, state.is_draining
         if state.path != self._path:
             self._path = state.path
             self._thread.submit(self._switch_model, state.path)
 
     def _switch_model(self, path: str) -> None:
-        """Switch to another model. If that fails, the worker ends, and the next worker starts with the new model."""
+        """Switch to another model. If that fails, the worker ends, and its replacement starts with the new model."""
         try:
             served = self._open(path)
             self._models.switch_to(served)
