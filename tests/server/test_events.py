@@ -339,7 +339,7 @@ def test_events_that_can_not_be_learnt_hold_up_only_who_waits_for_them(small, tm
     status, is_over, late = asyncio.run(both())
     assert (status, is_over, late.status, late.headers["retry-after"]) == (200, False, 503, "1")
     assert "not ingested all events up to 1 in time (OSError: the disk is gone)" in late.message
-    assert ask(app, body).tree["predictions"][0]["warnings"][-1].endswith("ignores some events: OSError: the disk is gone")
+    assert ask(app, body).tree["predictions"][0]["warnings"][-1].endswith(": OSError: the disk is gone")
     monkeypatch.undo()
     until(lambda: ask(app, b"", page="/version", method="GET").tree["events_failure"] is None)
     assert after(app, position).status == 200
