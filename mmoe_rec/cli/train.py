@@ -14,7 +14,7 @@ is unavailable, the command also exits with code 75, and --resume registers the 
 --from starts from the weights of a trained model instead of random weights. The features must extend the features of
 that model (see `mmoe-rec features --extend`). Optimizers start from zero.
 
-The model gets the alias if it is significantly better than the current model. The comparison uses the judging rows.
+The model gets the alias if it is significantly better than the current model. The comparison uses the evaluation rows.
 These are validation rows of users whose rows didn't select or calibrate the model. Otherwise the model is registered as
 challenger. Only one command at a time can train in a `data.work_dir`.
 """

@@ -76,7 +76,7 @@ def fit_calibration(
         observed_weights = np.ones(len(y)) if weights is None else weights[observed].astype(np.float64)
         rarer = task.kind.count_minority(y)
         if rarer < MIN_LABELS[method]:
-            reason = f"{rarer:,} observed selecting rows have its rarer label, {method} needs {MIN_LABELS[method]:,}"
+            reason = f"{rarer:,} observed selection rows have its rarer label, {method} needs {MIN_LABELS[method]:,}"
         elif (fitted := _FITS[method](x, y, observed_weights)) is None:
             reason = (
                 "its logits do not rise with the label on validation rows, or tell the labels apart without an error"

@@ -152,7 +152,7 @@ def compare_with_champion(
             for label, scored in ((name, model_rows), (champion_name, champion_rows))
         }
         better, sentence = _read_verdict(Results(models, tuple(settings.tasks), settings.evaluation, "", {}))
-        return better, f"{sentence} ({len(model_rows.score):,} judging rows of the validation split)"
+        return better, f"{sentence} ({len(model_rows.score):,} evaluation rows of the validation split)"
     except UnreachableError:
         raise  # an outage of MLflow decides nothing
     except NotFiniteError as error:

@@ -84,7 +84,7 @@ def tune_settings(settings: Settings, minutes: float | None, trials: int | None,
             (name, level, str(count), format_signed(effect)[0])
             for (name, level), (count, effect) in sorted(effects.items(), key=lambda item: -item[1][1])
         ]
-        table = Table("Effects of single values on the selecting rows, by least squares over the trials", header, rows)
+        table = Table("Effects of single values on the selection rows, by least squares over the trials", header, rows)
         if not candidates:
             notes.append("nothing to adopt: no other values did better")
         elif runs < seeds:
@@ -308,7 +308,7 @@ class Study:
         best = max(trial.value for trial in finished if trial.state.name == "COMPLETE")
         return (
             f"{len(finished)} trials: {states['PRUNED']} pruned, {states['failed']} failed. The best trial reached "
-            f"{best:.4f} on the selecting rows"
+            f"{best:.4f} on the selection rows"
         )
 
 

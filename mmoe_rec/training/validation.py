@@ -259,7 +259,7 @@ def explain_choice(best: Validation, step: int, monitor: str) -> list[str]:
     """
     how = f"{_name_objective(best, monitor)} is the {'highest' if best.tasks_monitored_by_auc(monitor) else 'lowest'}"
     ignored = [
-        f"the AUC of '{task}' was ignored: {rows} selecting rows have its rarer label, at least {MIN_RARER_ROWS} are "
+        f"the AUC of '{task}' was ignored: {rows} selection rows have its rarer label, at least {MIN_RARER_ROWS} are "
         "needed"
         for task, rows in best.rarer_label_rows.items()
         if monitor == "auc" and rows < MIN_RARER_ROWS

@@ -124,9 +124,9 @@ def test_each_binary_task_is_fitted_on_its_observed_rows(method: module.Calibrat
 @pytest.mark.parametrize(
     ("x", "y", "sentence"),
     [
-        (np.linspace(-1, 1, 5000), np.arange(5000) < 99, "99 observed selecting rows have its rarer label"),
-        (np.linspace(-1, 1, 5000), np.ones(5000), "0 observed selecting rows have its rarer label"),
-        (np.linspace(-1, 1, 5000), np.full(5000, np.nan), "0 observed selecting rows have its rarer label"),
+        (np.linspace(-1, 1, 5000), np.arange(5000) < 99, "99 observed selection rows have its rarer label"),
+        (np.linspace(-1, 1, 5000), np.ones(5000), "0 observed selection rows have its rarer label"),
+        (np.linspace(-1, 1, 5000), np.full(5000, np.nan), "0 observed selection rows have its rarer label"),
         (np.linspace(-1, 1, 5000), drawn(-np.linspace(-1, 1, 5000)), "do not rise with the label"),
         (np.linspace(-1, 1, 5000), np.linspace(-1, 1, 5000) > 0, "tell the labels apart without an error"),
         (np.linspace(-1, 1, 5000), np.linspace(-1, 1, 5000) < 0, "do not rise with the label"),

@@ -138,7 +138,7 @@ def test_better_settings_are_found_and_confirmed(world: World, tune: Any) -> Non
         tune(EXPERTS, after(3, Killed()), "--trials", 8)
     code, out, err = tune(EXPERTS, by_experts(), "--trials", 8)
     assert code == 0, err
-    assert "8 trials: 0 pruned, 0 failed. The best trial reached 0.4000 on the selecting rows" in out
+    assert "8 trials: 0 pruned, 0 failed. The best trial reached 0.4000 on the selection rows" in out
     assert re.search(r"^trial 1: 0\.3000 \(model\.experts\.count=3\)", err, re.MULTILINE) is None, "it isn't repeated"
     assert "is better than `these settings`: mean auc of click, liked differs by +" in out
     assert "adopt `--model.experts.count=4`, since" in out
@@ -153,7 +153,7 @@ def test_better_settings_are_found_and_confirmed(world: World, tune: Any) -> Non
 
 
 def test_settings_that_are_not_better_stay(world: World, tune: Any) -> None:
-    """Trials like 2 experts, and the judging rows show no difference."""
+    """Trials like 2 experts, and the evaluation rows show no difference."""
     space, train = {"model.experts.count": {"choices": [2, 3]}}, by_experts({"2": 0.5, "3": 0.3})
     code, out, err = tune(space, train, "--trials", 6, "--training.seed", 40)
     assert code == 0, err

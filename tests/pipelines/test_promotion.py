@@ -78,7 +78,7 @@ def said(work: Path) -> list[str]:
 
 
 def area(artifact: Path, work: Path) -> float:
-    """The mean AUC of a model on the judging rows of the features in a folder, which are its own."""
+    """The mean AUC of a model on the evaluation rows of the features in a folder, which are its own."""
     ranker = Ranker.load(artifact)
     rows = EncodedDataset(work / "features" / "encoded" / "validation", ranker.layout, part=ValidationPart.EVALUATION)
     scored = score_rows(load_settings(artifact / "settings.yaml"), ranker.model, ranker.layout, rows)
@@ -274,7 +274,7 @@ def test_the_first_takes_the_alias_and_a_better_one_after_it(template: World) ->
     ).rows
     better = r"'this model' is better than 'version 1': mean auc of click, liked is higher by "
     actual = re.fullmatch(
-        rf"{better}([.\d]+) \(([.\d]+) to [.\d]+\) \({rows:,} judging rows of the validation split\)", reason
+        rf"{better}([.\d]+) \(([.\d]+) to [.\d]+\) \({rows:,} evaluation rows of the validation split\)", reason
     )
     assert actual
     assert float(actual[1]) == pytest.approx(area_of(template, "2") - area_of(template, "1"), abs=1e-4)

@@ -181,7 +181,7 @@ def test_the_rule_that_chose_is_named() -> None:
     few = build_validation(rarer_label_rows={"click": 13, "like": 500})
     assert explain_choice(few, 7, "auc") == [
         f"{start}the AUC of like is the highest",
-        f"the AUC of 'click' was ignored: 13 selecting rows have its rarer label, at least {MIN_RARER_ROWS} are needed",
+        f"the AUC of 'click' was ignored: 13 selection rows have its rarer label, at least {MIN_RARER_ROWS} are needed",
     ]
 
 
