@@ -5,9 +5,9 @@ Search for better settings under `tuning.search` of the settings (Optuna's tree-
 `tuning.search`, vary epochs, batch size, learning rates, weight decay, dropout, crosses and experts around the current
 values. The search stops trials that fall behind the median, and skips invalid combinations.
 
-Validation rows are divided by user into selection and evaluation rows. A least-squares fit over the trials estimates the
-effect of each value. New runs on the selection rows choose between the best trial and the best values by the fit. More
-runs compare the choice with the settings, on the evaluation rows. If the choice is better, the command prints the
+Validation rows are divided by user into selection and evaluation rows. A least-squares fit over the trials estimates
+the effect of each value. New runs on the selection rows choose between the best trial and the best values by the fit.
+More runs compare the choice with the settings, on the evaluation rows. If the choice is better, the command prints the
 overrides to adopt and writes them to `data.work_dir`/tuning/best.yaml. Otherwise best.yaml contains the settings
 unchanged. The search never reads test rows.
 
