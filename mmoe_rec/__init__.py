@@ -35,7 +35,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __all__ = ["Ranker", "__version__", "build_features", "evaluate", "load_ranker", "load_settings", "score", "train"]
 
-_EXPORTS = {  # Public name -> the module with this name, and the name in the module.
+_EXPORTS = {  # Public name -> the module of the function, and its name in this module.
     "Ranker": ("mmoe_rec.inference.ranker", "Ranker"),
     "build_features": ("mmoe_rec.preprocessing.prepare", "build_features"),
     "evaluate": ("mmoe_rec.evaluation.evaluate", "evaluate_model"),

@@ -106,7 +106,8 @@ def fit_task_trees(
         min_z: Number of standard errors by which trees with IDs must be better than trees without IDs.
 
     Returns:
-        The trees in LightGBM's text format with their blend, or None to use the network alone. And a description.
+        A pair. First the trees in LightGBM's text format with their blend, or None to use the network alone. Second a
+        description of the choice.
     """
     inputs = sorted({train_rows.num_numeric, train_rows.x.shape[1]} - {0})
     if not inputs or min(len(np.unique(rows.labels)) for rows in (train_rows, held_out)) < 2:
