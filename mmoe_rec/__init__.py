@@ -9,9 +9,10 @@
 
 A function is imported at its first use, so `import mmoe_rec` is fast.
 
-The import sets how OpenMP threads wait for each other. This must happen before torch is loaded. By default, threads
-spin for milliseconds, which makes training three times slower if other programs use the machine. If threads sleep at
-once, training is a quarter slower on an idle machine. GNU OpenMP, which torch includes, spins for microseconds here.
+The import sets how OpenMP threads wait for each other, which must happen before torch is loaded. By default, waiting
+threads spin (check again and again) for milliseconds. Training is then three times slower if other programs use the
+machine. If threads sleep at once, training is a quarter slower on an idle machine. As a compromise, GNU OpenMP, which
+torch includes, spins for microseconds here.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __all__ = ["Ranker", "__version__", "build_features", "evaluate", "load_ranker", "load_settings", "score", "train"]
 
-_EXPORTS = {  # public name -> module, and name in the module
+_EXPORTS = {  # Public name -> the module of the function, and its name in this module.
     "Ranker": ("mmoe_rec.inference.ranker", "Ranker"),
     "build_features": ("mmoe_rec.preprocessing.prepare", "build_features"),
     "evaluate": ("mmoe_rec.evaluation.evaluate", "evaluate_model"),

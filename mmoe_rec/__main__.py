@@ -1,4 +1,4 @@
-"""Run `python -m mmoe_rec COMMAND`, the same as `mmoe-rec COMMAND`. Needed by `torchrun -m`."""
+"""Entry point of `python -m mmoe_rec COMMAND`, which does the same as `mmoe-rec COMMAND`. `torchrun -m` needs it."""
 
 from mmoe_rec.cli.main import main
 

@@ -1,8 +1,9 @@
 """Atomic writes: a killed job leaves either the old or the new file or folder, never a partial one.
 
-Both context managers yield a hidden temporary path beside the target. If the block succeeds, its content is flushed to
-disk and renamed over the target. Otherwise it is removed, and the target stays as it was. A job that is killed leaves
-`.NAME.*.tmp` beside the target. Nothing reads this path, and `mmoe_rec.locks.write_lock` removes it.
+`atomic_file` and `atomic_folder` are context managers that yield a hidden temporary path beside the target. If the
+block succeeds, the content of this path is flushed to disk, and the path is renamed over the target. Otherwise the path
+is removed, and the target stays as it was. A job that is killed leaves `.NAME.*.tmp` beside the target. Nothing reads
+this path, and `mmoe_rec.locks.write_lock` removes it.
 """
 
 import ctypes
@@ -32,7 +33,7 @@ def atomic_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
 
     Args:
         path: Path of the file.
-        replace: Whether to replace a file that another process has written in the meantime.
+        replace: Whether to replace an existing file. If not, a file that exists at the end of the block is kept.
 
     Raises:
         UserError: `path` is a folder, or its parent can't be created.
@@ -49,7 +50,7 @@ def atomic_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
         else:
             try:
                 os.link(temporary, target)
-            except OSError:  # The target exists, or the file system has no hard links.
+            except OSError:  # The target exists, or the file system doesn't support hard links.
                 if not target.exists():
                     os.replace(temporary, target)
         fsync_path(target.parent)
@@ -61,7 +62,7 @@ def atomic_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically, in UTF-8. `path` and the errors are as in `atomic_file`.
+    """Write a text file atomically, in UTF-8. Raises the same errors as `atomic_file`.
 
     Args:
         path: Path of the file.
@@ -105,7 +106,7 @@ def replace_folder(temporary: Path, target: Path) -> None:
             fsync_path(Path(parent))
     _put_folder(temporary, target)
     fsync_path(target.parent)
-    shutil.rmtree(temporary, ignore_errors=True)  # After an exchange, this path is the old folder.
+    shutil.rmtree(temporary, ignore_errors=True)  # If both paths were swapped, this is now the old folder.
 
 
 def _resolve(path: str | Path) -> Path:
@@ -127,7 +128,7 @@ def _temporary(target: Path) -> Path:
 
 
 def find_temporary_paths(path: str | Path) -> list[Path]:
-    """Return temporary paths for the file or folder `path`, of killed processes or of current writers."""
+    """Return the temporary paths beside the file or folder `path`, which killed or running processes have created."""
     target = _resolve(path)
     name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{12}}\.tmp")
     return [sibling for sibling in target.parent.iterdir() if name.fullmatch(sibling.name)]
@@ -137,7 +138,7 @@ def _put_folder(temporary: Path, target: Path) -> None:
     if not target.exists():
         os.rename(temporary, target)
     elif not _exchange(temporary, target):
-        # A kill between the two renames leaves the old folder under a hidden name.
+        # If the process is killed between the two renames, the old folder remains under a hidden name.
         aside = _temporary(target)
         os.rename(target, aside)
         try:
@@ -149,7 +150,7 @@ def _put_folder(temporary: Path, target: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two paths atomically. Return False without support for renameat2, which is specific to Linux."""
+    """Swap two paths atomically. Return False if the system doesn't support it (renameat2 of Linux)."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     if renameat2 is None:
         return False
@@ -166,7 +167,7 @@ def fsync_path(path: Path) -> None:
 
 
 def digest(*values: Any) -> str:
-    """Return a key for a cache: the first 16 hex digits of the SHA-256 of JSON values."""
+    """Return a key for a cache: the first 16 hex digits of the SHA-256 of the values as JSON."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,14 +1,15 @@
 """Areas under the ROC and precision-recall curves, from counts of positive and negative rows.
 
 The area under the ROC curve (AUC) is the Mann-Whitney statistic: the fraction of pairs of a positive and a negative
-row in the right order. A tie counts one half. Sums of integer counts are exact, in any order. Rows can have weights.
+row in the right order. A tie counts one half. Rows can have weights. Without weights, counts are integers, so their
+sums are exact in any order.
 """
 
 import numpy as np
 
 MIN_RARER_ROWS = 50
 """Minimum number of rows with the rarer label for a meaningful AUC. At 50 rows, an AUC of .75 has a standard error of
-about .03 (Hanley and McNeil, 1982). States of one run differ by less."""
+about .03 (Hanley and McNeil, 1982). The AUCs of different steps of a training run differ by less than that."""
 SUSPICIOUS_AUC = 0.995
 """AUC of a model above which a feature probably contains the label."""
 SUSPICIOUS_AUC_ADVICE = (
@@ -36,7 +37,8 @@ def auc_of_counts(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
 def average_precision_of_counts(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
     """Compute the average precision, as scikit-learn does, without interpolation.
 
-    It is the mean over positive rows of the precision among all rows with at least the same prediction.
+    The average precision is a mean over positive rows. For each of them, the precision is the fraction of positives
+    among all rows with the same or a higher prediction.
 
     Args:
         positives: Number or weight of positive rows in each bin, by rising prediction. Shape (B, ...).
@@ -59,9 +61,9 @@ def grouped_auc(
 
     Args:
         group: Group of each entry, in [0, groups). Shape (N,), int64.
-        value: Predictions, or any values in the same order. Shape (N,).
-        positives: Number or weight of positive rows behind each entry. Shape (N,).
-        negatives: Number or weight of negative rows behind each entry. Shape (N,).
+        value: Predictions, or other values that sort the entries in the same order. Shape (N,).
+        positives: Number or weight of positive rows that each entry stands for. Shape (N,).
+        negatives: Number or weight of negative rows that each entry stands for. Shape (N,).
         groups: Number of groups G.
 
     Returns:
@@ -82,14 +84,17 @@ def grouped_auc(
 
 
 def _sum_before_in_group(group: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Sum the values before each entry in its group. Groups are sorted, and values are at least 0."""
+    """Return the sum of the earlier values of the same group for each entry.
+
+    Groups are sorted, and values are at least 0.
+    """
     total = values.sum()
-    if total < 2**53 and (values == np.rint(values)).all():  # then a cumulative sum over all groups is exact
+    if total < 2**53 and (values == np.rint(values)).all():  # Float64 is exact for these sums of integers.
         before = exclusive_cumsum(values)
         first = run_starts(group)
         return before - np.repeat(before[first], np.diff(first, append=len(group)))
-    # Otherwise large earlier groups would cause rounding errors in small ones, so only values of a group are added:
-    # sums of 1, 2, 4, ... values.
+    # For other values, a cumulative sum over all groups would have rounding errors from large earlier groups. So add
+    # only values of the same group: first neighbors, then sums of 2, of 4 values and so on.
     sums, step = values.copy(), 1
     while (same := np.flatnonzero(group[step:] == group[:-step])).size:
         sums[same + step] += sums[same]
@@ -98,7 +103,7 @@ def _sum_before_in_group(group: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def run_index(group: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Number the runs of rows with the same group and value.
+    """Number the runs of consecutive rows with the same group and value.
 
     Args:
         group: Groups, shape (N,). Rows are sorted by group and value.

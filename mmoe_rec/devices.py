@@ -1,12 +1,12 @@
 """Devices, threads, matmul precision and memory of a process.
 
-A GPU can compute fp32 matmuls in TF32, several times as fast. TF32 has the range of fp32 and 10 bits of mantissa (bf16
-has 7, fp32 has 23). Training uses TF32 except in gates (`fp32_matmul_precision`). Gates select experts, and rounding
-could make training and serving select different experts.
+A GPU can compute matrix products of fp32 numbers several times as fast in the format TF32. TF32 has the range of fp32
+and 10 bits of mantissa (bf16 has 7, fp32 has 23). Training uses TF32 except in gates (`fp32_matmul_precision`). Gates
+select experts, and with rounding, training and serving could select different experts.
 
-By default, glibc returns freed arrays of megabytes to the system, which clears and maps the pages again for the next
-array. This takes a tenth of the time of a feature build, and a quarter of a training step. `keep_freed_memory` avoids
-it with glibc, and does nothing with other C libraries.
+By default, the C library glibc returns the memory of large freed arrays to the system. For the next array, the system
+must clear and map the memory again. This takes a tenth of the time of a feature build, and a quarter of a training
+step. `keep_freed_memory` avoids it with glibc, and does nothing with other C libraries.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# Parameters of mallopt. By default, glibc raises its thresholds up to 64 MiB (trim) and 32 MiB (mmap). Setting them
-# turns this off.
+# Parameters of mallopt. By default, glibc adapts two thresholds, up to 64 MiB (trim) and 32 MiB (mmap). Setting one of
+# them turns the adaptation off.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _KEPT_BYTES, _DEFAULT_TRIM, _DEFAULT_MMAP = 2**30, 64 * 2**20, 32 * 2**20
-# Threads other than the first use heaps of 64 MiB. glibc returns each free heap, unless the padding is as large.
+# Threads other than the first have heaps of 64 MiB. glibc returns a free heap to the system, unless the padding
+# (M_TOP_PAD) is as large as a heap.
 _PADDING, _DEFAULT_PADDING = 64 * 2**20, 128 * 2**10
 
 
@@ -49,7 +50,7 @@ def pick_device(wanted: str) -> torch.device:
 
 def usable_cores() -> int:
     """Return the number of cores that this process may use."""
-    get_affinity = getattr(os, "sched_getaffinity", None)  # exists only on Linux
+    get_affinity = getattr(os, "sched_getaffinity", None)  # This function exists only on Linux.
     return len(get_affinity(0)) if get_affinity else os.cpu_count() or 1
 
 
@@ -95,9 +96,9 @@ def fp32_matmul_precision(precision: Literal["ieee", "tf32"], device: torch.devi
 
 @lru_cache(maxsize=256)
 def cached_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return constants as a tensor that stays on the device.
+    """Return constants as a tensor on the device. Later calls with the same arguments return the same tensor.
 
-    A new tensor at each step would be copied to the device, and host and device would wait for each other.
+    A new tensor at each step would have to be copied to the device, and the host would wait for the copy.
 
     Args:
         values: The n numbers.
@@ -109,13 +110,13 @@ def cached_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch
     """
     import torch
 
-    with torch.inference_mode(False):  # training can't use a tensor made in inference mode
+    with torch.inference_mode(False):  # Training couldn't use a tensor that was created in inference mode.
         return torch.tensor(values, dtype=dtype, device=device)
 
 
 @contextlib.contextmanager
 def keeping_freed_memory() -> Iterator[None]:
-    """Keep freed memory within the context, and return it to the system at the end."""
+    """Keep freed memory in the process within the context, and return it to the system at the end."""
     import pyarrow as pa
 
     pool = pa.default_memory_pool()
@@ -137,7 +138,7 @@ def keep_freed_memory() -> bool:
     """Keep freed memory in the process from now on, up to 1 GiB at the end of the heap.
 
     Returns:
-        Whether the C library can keep it.
+        Whether the C library supports this.
     """
     import pyarrow as pa
 
@@ -147,5 +148,5 @@ def keep_freed_memory() -> bool:
     libc.mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
     libc.mallopt(_MMAP_THRESHOLD, _KEPT_BYTES)
     libc.mallopt(_TOP_PAD, _PADDING)
-    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own pools return freed memory too
+    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own memory pools would return freed memory to the system.
     return True

@@ -1,6 +1,6 @@
 """Errors for the user, which end a command with a clear message and an exit code instead of a traceback.
 
-Also handles requests to stop: SIGTERM from a cluster, Ctrl-C, or a terminal that closes.
+The module also handles requests to stop: SIGTERM from a cluster, Ctrl-C, or a terminal that closes.
 """
 
 import errno
@@ -19,29 +19,31 @@ STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h, a temporary failure that is
 
 
 class UserError(Exception):
-    """A message for the user that names the file, column, setting or row, the problem and the fix."""
+    """An error that the user can fix. The message names the file, column, setting or row, the problem and the fix."""
 
 
 class RequestError(UserError):
-    """A message for a caller of the server or API that names the column, option or row, and the problem."""
+    """An error in a request to the server or the Python API. The message names the column, option or row."""
 
 
 class StoppedError(Exception):
-    """A message after a request to stop, which says what was saved and how to resume."""
+    """The end of a command after a request to stop. The message says what was saved and how to resume."""
 
 
 MAX_QUOTE_CHARS = 60
 
 
 def quoted(value: object) -> str:
-    """Return a caller's value for use in a message, cut to `MAX_QUOTE_CHARS` and in quotes if it is text."""
+    """Return a caller's value for use in a message. It is cut to `MAX_QUOTE_CHARS`, and text gets quotes."""
     text = value if isinstance(value, str) else str(value)
     text = text if len(text) <= MAX_QUOTE_CHARS else f"{text[:MAX_QUOTE_CHARS]}..."
     return repr(text) if isinstance(value, str) else text
 
 
 def suggest(name: str, names: Iterable[str]) -> str:
-    """Return a message part that suggests the valid name most similar to an unknown one, or lists all valid names.
+    """Return a message part that suggests the valid name most similar to an unknown name.
+
+    If no valid name is similar, the message part lists all valid names.
 
     Args:
         name: The unknown name.
@@ -110,10 +112,13 @@ Handler = Callable[[int, FrameType | None], object]
 
 
 def catch_stop_signals(handle: Handler) -> dict[signal.Signals, Any]:
-    """Call a function at each signal that asks to stop. Only the main thread can catch signals; others catch none.
+    """Call a function at each signal that asks to stop. Does nothing outside the main thread, which alone gets signals.
 
-    SIGHUP stays ignored if it was, as under `nohup`. After the first signal it is ignored, because the kernel and the
-    shell each send it when a terminal closes.
+    If SIGHUP was ignored before, as under `nohup`, it stays ignored. After the first signal, SIGHUP is ignored too,
+    because both the kernel and the shell send it when a terminal closes.
+
+    Args:
+        handle: Function that receives the signal's number and the interrupted stack frame.
 
     Returns:
         The handlers that were replaced.
@@ -131,10 +136,12 @@ def catch_stop_signals(handle: Handler) -> dict[signal.Signals, Any]:
 
 
 class StopRequest:
-    """Record of the first signal that asks to stop, so that a loop can end cleanly. A second signal acts at once.
+    """Record of the first signal that asks to stop, so that a loop can end cleanly.
+
+    A second signal has its usual effect, so it ends the process at once.
 
     Attributes:
-        signal: Name of the signal, None until it arrives. Outside the main thread it stays None.
+        signal: Name of the signal, None until a signal arrives. Outside the main thread, it stays None.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,10 @@
 """Folder locks: one writer, or any number of readers.
 
-A process locks the file `.NAME.lock` beside a folder. The file names the last process that locked it, for the messages
-of other processes. The locks are the operating system's (flock), so they end with their process. Locks work across
-machines if the file system supports it, such as NFS, or Lustre mounted with `flock`. Otherwise only processes of one
-machine see each other. If the file system has no locks at all, a note is printed.
+To lock a folder, a process locks the file `.NAME.lock` beside the folder. The file names the last process that locked
+it, so that other processes can name it in messages. The locks are the operating system's (flock), so they end with
+their process. Locks work across machines if the file system supports it, such as NFS, or Lustre mounted with `flock`.
+Otherwise they work only between processes of one machine. If the file system supports no locks at all, a note is
+printed.
 """
 
 import enum
@@ -24,12 +25,12 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.progress import say
 
 LOCK_TIMEOUT_SECONDS = 5.0
-"""Time to wait for a lock, since a killed process may need a moment to release it."""
+"""Seconds to wait for a lock, because a killed process may need a moment to release its lock."""
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL}
 
 
 class LockMode(enum.StrEnum):
-    """How a process uses a folder. The value is the first word of the lock file."""
+    """How a process uses a folder. The member's value is the first word in the lock file."""
 
     WRITE = "writing"
     READ = "reading"
@@ -43,7 +44,7 @@ def write_lock(folder: Path, what: str, advice: str, *, wait: bool = False) -> I
         folder: Folder to lock. It may not exist yet.
         what: Activity of this process, such as "a training", for the messages of other processes.
         advice: Alternative to waiting if the folder is in use, as an imperative.
-        wait: Whether to wait for another writer, for as long as it takes.
+        wait: Whether to wait without a time limit if another process writes.
 
     Raises:
         UserError: Another process writes or reads the folder, or it can't be locked.
@@ -55,14 +56,14 @@ def write_lock(folder: Path, what: str, advice: str, *, wait: bool = False) -> I
                 shutil.rmtree(leftover, ignore_errors=True)
             yield
     finally:
-        with suppress(OSError):  # A folder that isn't empty stays.
+        with suppress(OSError):  # Remove the created parent folders, as far as they are empty.
             for parent in new_parents:
                 parent.rmdir()
 
 
 @contextmanager
 def read_lock(folder: Path, what: str) -> Iterator[None]:
-    """Lock a folder for reading, together with any number of other readers. Waits for a writer to end.
+    """Lock a folder for reading, together with any number of other readers. Wait for a writer to end.
 
     Args:
         folder: Folder to lock.
@@ -71,7 +72,7 @@ def read_lock(folder: Path, what: str) -> Iterator[None]:
     Raises:
         UserError: The folder can't be locked.
     """
-    # If no lock file can be created, nobody can write the folder, so no lock is needed.
+    # If no lock file can be created in the parent folder, writers can't lock the folder either, so no lock is needed.
     if not (folder.parent.is_dir() and os.access(folder.parent, os.W_OK)):
         yield
         return
@@ -115,17 +116,17 @@ def _hold(folder: Path, what: str, mode: LockMode, advice: str, wait: bool) -> I
         try:
             yield
         finally:
-            with suppress(OSError):  # Other readers remain, or the file system has no locks.
+            with suppress(OSError):  # This fails if other readers remain, or if the file system has no locks.
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)
 
 
 def _lock(path: Path, shared: bool) -> TextIO | None:
-    """Lock a file and return it, or None if another process has locked or just removed it."""
+    """Lock a file and return it. Return None if another process has locked the file, or has just removed it."""
     with ExitStack() as stack, suppress(BlockingIOError, FileNotFoundError):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = stack.enter_context(path.open("a", encoding="utf-8"))
-        with suppress(PermissionError):  # Another user's lock file is writable for everyone already.
+        with suppress(PermissionError):  # If another user owns the lock file, that user has already made it writable.
             os.fchmod(file.fileno(), 0o666)
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-_WIDE = 160  # columns
+_WIDE = 160  # Width of a console that isn't a terminal, in characters.
 
 
 def open_console(stderr: bool = False) -> Console:
-    """Open a console on stdout or stderr. Lines that go to a file or a pipe are not wrapped at 80 columns."""
+    """Open a console on stdout or stderr. Output to a file or a pipe has longer lines than rich's default of 80."""
     console = Console(stderr=stderr)
-    if not console.file.isatty() and "COLUMNS" not in os.environ:  # rich's `file` also works if the stream is closed
+    # `console.file` works even if the stream is closed.
+    if not console.file.isatty() and "COLUMNS" not in os.environ:
         console.width = _WIDE
     return console
 
@@ -26,7 +27,7 @@ def bar(extra: str = "", shown: bool = True) -> Progress:
     """Build a progress bar on stderr, with an estimate of the remaining time.
 
     Args:
-        extra: Another column, such as '{task.fields[loss]}'.
+        extra: Format of another column in rich's syntax, such as '{task.fields[loss]}'. Empty for none.
         shown: Whether to show the bar.
     """
     columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()]
@@ -42,7 +43,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def quiet_loggers(levels: Mapping[str, int]) -> Iterator[None]:
-    """Raise the levels of loggers within the context. Users can't act on the messages of lower levels."""
+    """Hide messages below the given levels of loggers within the context, because users can't act on them."""
     loggers = {name: logging.getLogger(name) for name in levels}
     before = {name: logger.level for name, logger in loggers.items()}
     try:

@@ -82,8 +82,8 @@ _SKIP_DESCRIPTIONS = {
 # Tables of the comparison:
 #
 # - `offline`: the log's rows in the period, without repetitions.
-# - `marked`: all served rows. `reason` says why a row can't be compared. A served row with a time outside the period
-#   can be compared if its request ID matches a row of the log.
+# - `marked`: all served rows. `reason` says why a row can't be compared. A served row with a time outside the period is
+#   still compared if its request ID matches a row of the log.
 # - `matched`: the served rows that can be compared.
 # - `missing`: rows of the log that no logged reply has, although the replies to their request rank all candidates. Also
 #   one row for each request whose reply was logged in part.

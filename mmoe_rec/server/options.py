@@ -27,12 +27,14 @@ class ServerOptions:
     Attributes:
         limits: Limits of calls, from the section `serving` of the settings.
         setting_overrides: Settings that replace the settings of each served model.
-        grace_seconds: Seconds from SIGTERM, or from the end of the drain, to the end of the process.
+        grace_seconds: Maximum seconds in which the server ends once its port is closed. Calls that take longer are
+            dropped.
         token: Token that callers must send. If None, callers need no token.
         journal: URL of the journal. If None, the server accepts no events.
         request_log: Options of the request log. If None, requests are not logged.
         allowed_hosts: Allowed values of the header Host. If None, any value is allowed.
-        drain_seconds: Seconds from SIGTERM until the port closes. Health checks fail in this time.
+        drain_seconds: Seconds from SIGTERM until the port closes. In this time, health checks fail, so that a load
+            balancer sends its calls to other servers.
     """
 
     limits: Serving = field(default_factory=Serving)

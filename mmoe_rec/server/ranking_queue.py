@@ -217,7 +217,7 @@ class JournalFollower:
 
     @property
     def events_failure(self) -> str | None:
-        """Why the current model lacks some events of the journal, as a sentence. None if no update has failed."""
+        """Why the current model lacks some events of the journal, as a sentence. None if no events are missing."""
         return "; ".join(filter(None, [self.failure, self.ingester.events_failure])) or None
 
     @property

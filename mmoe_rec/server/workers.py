@@ -240,7 +240,7 @@ class _Worker:
     Attributes:
         process: Process of the worker.
         pipe: Pipe to the worker.
-        since: Time at which the worker was started, by the monotonic clock.
+        since: Time at which the worker was started, in seconds of `time.monotonic`.
         is_deployed: Event that is set while the worker serves the newest loaded model.
     """
 

@@ -39,8 +39,11 @@ def measure_baselines(
     Args:
         settings: Settings of the features.
         out: Folder for the report.
-        evaluated: Results of a model on the same rows, to compare with.
+        evaluated: Results of a model on the same rows, to compare with. None compares only the baselines.
         name: Name of this model in the report.
+
+    Returns:
+        The results of the baselines, and of the model if there is one.
 
     Raises:
         UserError: A split has no rows, or a task has too few labels.
@@ -55,14 +58,18 @@ def measure_baselines(
         models |= {baseline: measure_model(rows, settings.evaluation.resamples) for baseline, rows in scored.items()}
         facts = ({"log": settings.data.log} if evaluated is None else evaluated.facts) | trees
         title = f"Baselines of {settings.name}"
-        rules = settings.evaluation.model_copy(update={"guardrail_slices": ()})  # slices of baselines aren't measured
+        # Slices of baselines aren't measured, so there is nothing to guard.
+        rules = settings.evaluation.model_copy(update={"guardrail_slices": ()})
         results = Results(models, tuple(settings.tasks), rules, title, facts)
         write_results(results, out)
     return results
 
 
 def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, PredictedRows], dict[str, str]]:
-    """Predict the test rows, and describe the chosen trees. Popularity needs a column of candidates."""
+    """Predict the test rows with each baseline. Return the predictions by baseline, and facts about the chosen trees.
+
+    Popularity needs a column of candidates, and is left out without one.
+    """
     layout = ModelLayout.of(prepared.layout, settings)
     train_rows, held_out = read_tree_inputs(settings, prepared, layout)
     boosted, facts = fit_trees_per_task(settings, layout, train_rows, held_out)
@@ -87,7 +94,10 @@ def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, Pre
 
 
 def read_tree_inputs(settings: Settings, prepared: FeatureFolder, layout: Layout) -> tuple[TreeInputs, TreeInputs]:
-    """Read the last training rows and the last selection rows.
+    """Read the inputs of trees: the last training rows and the last selection rows.
+
+    Selection rows are the rows of one half of the validation users. The other half are the evaluation rows.
+    `TreeInputs.read` limits the number of rows.
 
     Args:
         settings: Settings of the features.
@@ -109,7 +119,7 @@ def read_tree_inputs(settings: Settings, prepared: FeatureFolder, layout: Layout
 def fit_trees_per_task(
     settings: Settings, layout: Layout, train_rows: TreeInputs, held_out: TreeInputs
 ) -> tuple[list[Predictor], dict[str, str]]:
-    """Fit the trees of all tasks, and print the choice of the selection rows.
+    """Fit the trees of all tasks, and print for each task which trees have the lowest loss on the selection rows.
 
     Args:
         settings: Settings of the training.
@@ -162,7 +172,11 @@ def predict_calibrated(
 def _calibrate(
     settings: Settings, layout: Layout, held_out: TreeInputs, held_out_values: np.ndarray, values: np.ndarray
 ) -> np.ndarray:
-    """Calibrate predictions (M, T) with the predictions of the selection rows (N, T), as a model is calibrated."""
+    """Calibrate predictions of M rows for T tasks by the same method as a model's.
+
+    The calibration is fitted on `held_out_values`, the predictions of the N selection rows, shape (N, T). It is applied
+    to `values`, shape (M, T).
+    """
     if settings.training.calibration == "none":
         return values
     kinds, names = [task.kind for task in layout.tasks], [task.name for task in layout.tasks]

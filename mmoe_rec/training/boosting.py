@@ -1,4 +1,8 @@
-"""Gradient-boosted trees (LightGBM). The selection rows choose their inputs, their size and their number."""
+"""Gradient-boosted trees (LightGBM).
+
+The loss on held-out rows chooses the inputs of the trees, their size and their number. Training uses the selection rows
+for this (one half of the validation users).
+"""
 
 from __future__ import annotations
 
@@ -22,31 +26,32 @@ if TYPE_CHECKING:
 
 CHUNK_ROWS = 65_536
 MAX_ROWS, MAX_VALUES = 2_000_000, 200_000_000
-"""Maximum numbers of rows and of input values in memory, for training and for validation. The last rows are kept."""
+"""Maximum numbers of rows and of input values in memory, for training and for validation each. If there are more, the
+last rows are used."""
 MAX_TREES, EARLY_STOPPING_ROUNDS, DEFAULT_TREES = 1000, 30, 100
-"""Maximum number of trees, trees without a lower validation loss before growing stops, and the number of trees without
-validation rows."""
+"""Maximum number of trees, the number of trees in a row that may bring no lower validation loss before growing stops,
+and the number of trees if there are no validation rows."""
 SMALL_DATA_ROWS = 500_000
-"""Maximum number of training rows for half the learning rate and for a choice between all sizes. With more rows, both
-gain little."""
+"""Up to this number of training rows, the learning rate is half as high, and all numbers of leaves in `LEAF_COUNTS` are
+tried. With more rows, both take long and gain little."""
 MAX_CATEGORIES = 300
-"""Maximum number of IDs of a feature that LightGBM treats as a category."""
+"""Features with at most this number of IDs are categories for LightGBM. IDs of other features are numbers for it."""
 MIN_COLUMNS_PER_TREE = 8
 """Minimum number of columns of a tree, if there are enough columns."""
 SMOOTHING_ROWS = 20.0
-"""Weight of the overall mean in the smoothed mean of a candidate or an ID, in rows."""
+"""Number of rows that the overall mean counts as in the smoothed mean label of a candidate or an ID."""
 TARGET_ENCODING_FOLDS = 5
 LEAF_COUNTS = (31, 63, 127)
-"""Numbers of leaves to choose from. The first is the default."""
+"""Numbers of leaves of a tree to choose from. The first is the default."""
 
 Predictor = Callable[["TreeInputs"], np.ndarray]
 """Function from rows to predictions, shape (N,), float64."""
 InputView = Callable[["TreeInputs"], np.ndarray]
-"""Function from rows to the inputs of trees, shape (N, F)."""
+"""Function from N rows to the F inputs of trees, shape (N, F)."""
 
 
 def _fit(kind: TaskKind, train: TreeInputs, held_out: TreeInputs | None, leaves: int, seed: int) -> tuple[Booster, int]:
-    """Grow trees, and return them with the number of trees to predict with."""
+    """Grow trees. Return them, and how many of them (from the first one) to use in predictions."""
     learning_rate = 0.05 if len(train.labels) <= SMALL_DATA_ROWS else 0.1
     max_trees = DEFAULT_TREES if held_out is None else MAX_TREES
     booster = train_lightgbm(kind, train, held_out, leaves, seed, learning_rate, max_trees)
@@ -64,8 +69,9 @@ def train_lightgbm(
 ) -> Booster:
     """Grow trees with LightGBM. `best_iteration` is the number of trees with the lowest loss on the held-out rows.
 
-    Each tree reads two fifths of the columns. This has a lower loss than half of the columns at each split, in half of
-    the time. LightGBM stores labels in float32, so labels of a regression should have a mean of about 0.
+    Each tree reads a random two fifths of the columns. In comparison with a random half of the columns at each split,
+    the loss is lower and training takes half the time. LightGBM stores labels in float32, which loses small differences
+    if the mean is large. Labels of a regression should therefore have a mean of about 0.
 
     Args:
         kind: Kind of the task.
@@ -89,7 +95,8 @@ def train_lightgbm(
         "cat_l2": 20,
         "seed": seed,
         "deterministic": True,
-        "force_col_wise": True,  # otherwise LightGBM times both methods, and the result depends on the faster one
+        # Otherwise LightGBM times building histograms by columns and by rows, and the result depends on the faster one.
+        "force_col_wise": True,
         "verbosity": -1,
     }
     categories, options = [column for column in train.categories if column < width], {}
@@ -104,11 +111,13 @@ def train_lightgbm(
 def fit_boosted_trees(
     kind: TaskKind, train: TreeInputs, validation: TreeInputs, seed: int = 0
 ) -> tuple[Predictor, str]:
-    """Grow trees on several views of the inputs, and choose the view or the mean of the two best views.
+    """Grow trees on several views of the inputs (such as without IDs), and choose a view or the mean of the two best.
 
-    The validation loss chooses the view, the size and the number of trees. Without labels in the validation rows, the
-    first view has `DEFAULT_TREES` trees. A feature's ID is its number in the vocabulary, which is sorted by frequency.
-    With at most `MAX_CATEGORIES` IDs, it is a category.
+    The choice of the view, the size and the number of trees has the lowest validation loss. Without enough labels in
+    the validation rows, `DEFAULT_TREES` trees of the first view are used.
+
+    IDs of a feature with at most `MAX_CATEGORIES` IDs are categories. Other IDs are numbers in the order of their
+    frequency, because that is the order of the vocabulary.
 
     Args:
         kind: Kind of the task.
@@ -152,11 +161,12 @@ def fit_boosted_trees(
         for leaves in sizes:
             booster, count = _fit(kind, view_rows, view_held_out, leaves, seed)
             predictor, name = show(view, booster.predict), f"{count} trees of {leaves} leaves {view_name}"
-            if held_out is None:  # no rows to choose by
+            if held_out is None:  # Without validation rows, there is nothing to choose by.
                 return predictor, name
             candidates.append((measure_loss(predictor), leaves, name, predictor))
         loss, leaves, name, predictor = min(candidates, key=lambda candidate: candidate[0])
-        choices[name], losses[name], sizes = predictor, loss, (leaves,)  # the first view chooses the size for all views
+        # The size that is best for the first view is used for all views, to save time.
+        choices[name], losses[name], sizes = predictor, loss, (leaves,)
     if len(losses) > 1:
         best_two = sorted(losses, key=losses.__getitem__)[:2]
         blend = f"the mean of {' and '.join(best_two)}"
@@ -170,9 +180,12 @@ def fit_boosted_trees(
 def _views(train: TreeInputs) -> Iterator[tuple[str, np.ndarray, InputView]]:
     """Yield views of the inputs: a name, the inputs of the training rows, and a function for the inputs of other rows.
 
-    Trees overfit on IDs of many values if counters have the same information. Without counters, the numbers of IDs say
-    little. The third view therefore has the mean label of each ID (`fit_target_encoding`). For training rows, the mean
-    covers requests of other folds, because the labels of a row's own list would reveal its label.
+    The first view has no IDs, because trees overfit on features with many IDs if counters have the same information.
+    The second view has the IDs as numbers. The third view replaces each ID by its mean label (`fit_target_encoding`),
+    because the number of an ID says little where counters are missing.
+
+    For a training row, the mean label covers only requests of other folds. The labels of the row's own request would
+    reveal its label.
     """
     if train.num_numeric:
         yield "without ids", train.x[:, : train.num_numeric], lambda rows: rows.x[:, : rows.num_numeric]
@@ -205,8 +218,8 @@ def fit_target_encoding(
 ) -> Callable[[pa.Array], np.ndarray]:
     """Fit the smoothed mean label of each candidate.
 
-    The smoothed mean is (sum of labels + SMOOTHING_ROWS x overall mean) / (rows + SMOOTHING_ROWS). Rows are weighted by
-    multiples of their mean weight. An unseen candidate has the overall mean.
+    The smoothed mean is (sum of labels + SMOOTHING_ROWS x overall mean) / (rows + SMOOTHING_ROWS). Weights are divided
+    by their mean, so that SMOOTHING_ROWS counts average rows. An unseen candidate has the overall mean.
 
     Args:
         candidates: Candidates, shape (N,).
@@ -259,7 +272,7 @@ class TreeInputs:
     def select_task(self, index: int) -> TreeInputs:
         """Return the rows with an observed label of a task.
 
-        Weights are divided by their mean, because LightGBM compares sums of weights with constants.
+        Weights are divided by their mean, because LightGBM has fixed limits on sums of weights, for instance in a leaf.
         """
         observed = ~np.isnan(self.labels[:, index])
         weights, folds = (None if values is None else values[observed] for values in (self.weights, self.folds))
@@ -277,7 +290,7 @@ class TreeInputs:
         Args:
             rows: Encoded rows.
             layout: Layout of the inputs.
-            columns: More columns to read.
+            columns: More columns to read, into `table`.
             skip_rows: Number of rows to skip at the start.
         """
         dense = [index for index, dense_input in enumerate(layout.dense) if not dense_input.placement]
@@ -285,7 +298,7 @@ class TreeInputs:
             first = min(skip_rows, len(part))
             skip_rows -= first
             if first == len(part):
-                continue  # an empty slice would keep the whole chunk in memory
+                continue  # All rows are skipped. An empty slice would keep the whole chunk in memory.
             ids = [np.asarray(part.encoded.ids[name])[first:] for name in layout.single_ids()]
             x = np.column_stack([part.encoded.dense[first:, dense], *ids]).astype(np.float32)
             yield TreeInputs(
@@ -299,7 +312,7 @@ class TreeInputs:
         Args:
             rows: Encoded rows.
             layout: Layout of the inputs.
-            columns: More columns to read.
+            columns: More columns to read, into `table`.
         """
         max_rows = min(MAX_ROWS, MAX_VALUES // max(1, len(layout.dense) + len(layout.ids)))
         skip_rows = max(0, rows.rows - max_rows)

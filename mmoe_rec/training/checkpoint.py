@@ -2,10 +2,11 @@
 
     latest.json              number of the step to resume from
     finished.json            result of a finished run, which is not resumed
-    step-00001200/           written by torch.distributed.checkpoint: tables, dense part and both optimizers
+    step-00001200/           written by torch.distributed.checkpoint: the embedding tables, the dense part (all other
+                             weights), and the state of both optimizers
         training.json        other state, see `TrainingState`
 
-Files and folders are written atomically.
+Files and folders are written atomically: a killed run leaves no partial ones.
 """
 
 import json
@@ -45,7 +46,7 @@ class TrainingState:
         history: Step and result of every validation.
         best_step: Step of the best validation, 0 before the first validation.
         provenance: Settings and data that the run began with.
-        precision_choice: Precision that the run computes in.
+        precision_choice: Precision of the run's matrix products. None if it isn't chosen yet.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -64,14 +65,14 @@ class FinishedRun:
     Attributes:
         artifact: Folder of the model.
         model_uri: URI of the model in the registry.
-        best: Validation of the served model on the judging rows.
+        best: Validation of the served model on the evaluation rows (one half of the validation users).
         best_step: Step of the best validation.
         rows_per_s: Training rows per second.
         data_wait_fraction: Fraction of the training time spent waiting for data.
         promotion_messages: Sentences that compare the model with the previous champion and name the current one.
         provenance: Settings and data that the run began with.
-        start_validation: Validation of the network that the run started from.
-        network_validation: Validation without trees and calibration, if the model has trees.
+        start_validation: Validation of the network that the run started from. None if it started from random weights.
+        network_validation: Validation of the network without trees. None if the model has no trees.
         finished_earlier: Whether the run had finished before this command.
     """
 
@@ -93,7 +94,7 @@ class FinishedRun:
         """Return the finished run in the folder `work` (`data.work_dir`), None if there is none.
 
         Raises:
-            UserError: The run's file can't be read.
+            UserError: The file `finished.json` is damaged or comes from a different version of this package.
         """
         file = work / "checkpoints" / _FINISHED
         return _read(FinishedRun, file, artifact=work / "model", finished_earlier=True) if file.exists() else None
@@ -110,7 +111,7 @@ def _write(tree: dict[str, Any], file: Path) -> None:
 
 
 def _read(kind: type[T], file: Path, **extra_fields: Any) -> T:
-    """Read a file of `_write`. Raise UserError if it is damaged or of another version."""
+    """Read a JSON file that `_write` wrote. Raise UserError if it is damaged or from a different version."""
     try:
         return TypeAdapter(kind).validate_python(json.loads(file.read_text(encoding="utf-8")) | extra_fields)
     except (OSError, ValueError, TypeError):
@@ -162,8 +163,8 @@ class CheckpointWriter:
     Args:
         folder: Folder of all checkpoints.
         keep_last: Number of latest checkpoints to keep. The best checkpoint is always kept.
-        before: Checkpoint that the run resumes from. None starts a new run. The checkpoints of an earlier run in the
-            folder are deleted when the first new checkpoint is complete.
+        before: Checkpoint that the run resumes from. None starts a new run. In this case, checkpoints of an earlier run
+            in the folder are deleted once the first new checkpoint is complete.
     """
 
     def __init__(self, folder: Path, keep_last: int, before: Checkpoint | None = None) -> None:
@@ -171,7 +172,7 @@ class CheckpointWriter:
         self._steps = [before.state.step] if before is not None else []
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            if before is None:  # A new run can't be resumed until it has written its first checkpoint.
+            if before is None:  # Until a new run has written a checkpoint, --resume must not find the earlier run.
                 for name in (_LATEST, _FINISHED):
                     (folder / name).unlink(missing_ok=True)
             self._remove_partial()
@@ -192,7 +193,7 @@ class CheckpointWriter:
                 dcp.save(tensors, checkpoint_id=temporary)
             if dist.get_rank() == 0:
                 self._finish(temporary, state)
-        except RuntimeError:  # Another rank was lost. `distributed` explains the error.
+        except RuntimeError:  # Another rank was lost. `distributed.process_group` explains the error to the user.
             raise
         except (Exception, CheckpointException) as error:  # CheckpointException is no subclass of Exception.
             self._remove_partial()
@@ -217,7 +218,7 @@ class CheckpointWriter:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the operating system's message from the first rank's error."""
+    """Return a short reason for an error, or for the first failed rank's error: the operating system's, if any."""
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]
@@ -233,8 +234,8 @@ def restore(folder: Path, model: Any, optimizer: Any) -> None:
 
     Args:
         folder: Folder of the checkpoint.
-        model: Model that is called with a batch, `ShardedModel.model`.
-        optimizer: Optimizers whose state exists already, see `Optimizers.init_state`.
+        model: The sharded model (`ShardedModel.model`).
+        optimizer: Its `Optimizers`. Call `Optimizers.init_state` before, so that their state exists.
     """
     tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
@@ -243,10 +244,10 @@ def restore(folder: Path, model: Any, optimizer: Any) -> None:
 
 
 def load_unsharded(model: nn.Module, folder: Path) -> None:
-    """Load the "model" state of a checkpoint into an unsharded model, without a process group.
+    """Load the weights of a checkpoint into an unsharded model, without a process group.
 
     Args:
-        model: A `RankingModel` over `PlainTables`.
+        model: A `RankingModel` whose tables are `PlainTables`.
         folder: Folder of the checkpoint.
 
     Raises:
@@ -255,7 +256,7 @@ def load_unsharded(model: nn.Module, folder: Path) -> None:
     if not (folder / ".metadata").is_file():
         raise UserError(f"'{folder}' contains no complete checkpoint. Train again, or restore the folder.")
     expected = model.state_dict()
-    # Tables are stored with padded columns, so they are read with padding, which is removed afterward.
+    # Stored tables have padding columns, so read them with the padding and remove it afterward.
     tables = {name: tensor.shape for name, tensor in expected.items() if name.startswith("tables.")}
     weights = expected | {name: torch.empty(rows, padded_dim(dim)) for name, (rows, dim) in tables.items()}
     with warnings.catch_warnings():

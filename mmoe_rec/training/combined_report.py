@@ -1,6 +1,7 @@
 """Combined report of all commands in one `data.work_dir`.
 
-Each report stores the identity of its features, model and settings. It is stale if one of them has changed since.
+Each report stores which features, model and settings it was made with. The report is stale if one of them has changed
+since then.
 """
 
 import json
@@ -31,7 +32,8 @@ REPORT_FOLDERS = {
     "comparison": ("Comparison of variants", "compare"),
     "tuning": ("Search for settings", "tune --minutes 30"),
 }
-"""Title and command of each report, by its folder in `data.work_dir`. A report without a command is optional."""
+"""Folder of a report in `data.work_dir` -> its title and the command that makes it. If a report is missing, the
+combined report suggests the command, unless it is empty."""
 
 
 def combine_reports(settings: Settings, format_command: Callable[..., str]) -> Report:
@@ -39,7 +41,8 @@ def combine_reports(settings: Settings, format_command: Callable[..., str]) -> R
 
     Args:
         settings: Settings of the folder.
-        format_command: Function that adds the options of these settings to the words of a command.
+        format_command: Function that returns a command to show, given its words such as "train". It adds the options
+            that select these settings.
     """
     work, model_uri = Path(settings.data.work_dir), f"models:/{settings.registered_model}@{settings.tracking.alias}"
     sentences = [Sentence(caution, "warning") for caution in _find_cautions(settings)]

@@ -21,7 +21,8 @@ from mmoe_rec.settings.training import Training
 from mmoe_rec.training.sharding import check_sharding
 from mmoe_rec.training.table_backends import choose_table_backend
 
-# Loggers of the planner's estimates and of tracing, on which a user can't act. `describe_plan` prints the plan.
+# Loggers of torchrec's sharding planner and of torch's tracing. Users can't act on their messages. `describe_plan`
+# prints the sharding plan instead.
 NOISY_LOGGERS = ("torchrec.distributed.planner", "torch.fx._symbolic_trace")
 _SECONDS_TO_RELEASE = 0.05
 _MAX_FIRST_RANK_TIME = timedelta(days=7)
@@ -51,7 +52,7 @@ class RankContext:
         """Call `work` on rank 0, while all other ranks wait, and return its result on all ranks.
 
         Raises:
-            UserError: The work failed. All ranks raise the same UserError if rank 0 raised one.
+            UserError: `work` failed on rank 0. If it raised a UserError, all ranks raise the same UserError.
         """
         if not self.is_first:
             self.store.wait(["first"], _MAX_FIRST_RANK_TIME)
@@ -72,7 +73,7 @@ class RankContext:
 
 @contextlib.contextmanager
 def training_process_group(settings: Training) -> Iterator[tuple[torch.device, RankContext]]:
-    """Yield the device and the rank of a run by its training `settings`, within the run's process group.
+    """Join the run's process group within the context. Yield this rank's device, as in `settings`, and its rank.
 
     Raises:
         UserError: This machine doesn't support the settings, or another rank was lost.
@@ -109,7 +110,7 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
     rank, world_size = 0, 1
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
-        # When torchrun restarts ranks, its store still contains the addresses of the lost ranks.
+        # When torchrun restarts ranks, its store still contains the addresses of the lost ranks, so use another prefix.
         store = dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     ranks = RankContext(rank, world_size, store)
     timeout = timedelta(minutes=timeout_minutes)
@@ -119,15 +120,15 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
         with quiet, _explain_loss(ranks):
             yield ranks
     finally:
-        # Without both calls, a rank can abort at exit: a gloo thread needs the interpreter's lock to release the last
-        # tensors, and is killed before it is done. Sleeping hands the lock to this thread.
+        # A gloo thread needs the interpreter's lock to release its last tensors. If the interpreter ends before that,
+        # the process aborts. Sleeping hands the lock to the gloo thread.
         dist.destroy_process_group()
         time.sleep(_SECONDS_TO_RELEASE)
 
 
 @contextlib.contextmanager
 def _explain_loss(ranks: RankContext) -> Iterator[None]:
-    """Turn the RuntimeError of a lost rank into a UserError."""
+    """Turn the RuntimeError that torch raises when another rank is lost into a UserError."""
     try:
         yield
     except RuntimeError as error:

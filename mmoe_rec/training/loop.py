@@ -1,7 +1,8 @@
 """Training loop for a CPU and for several GPUs.
 
-Each rank runs a `Trainer` with the same arguments. The global batches don't depend on the number of ranks. Row-wise
-Adagrad updates the tables within the backward pass, and AdamW updates the dense part.
+Each rank (process) runs a `Trainer` with the same arguments. The ranks divide each batch among them, so the rows of a
+step don't depend on the number of ranks. Row-wise Adagrad updates the embedding tables within the backward pass. AdamW
+updates the dense part, which consists of all other weights.
 """
 
 import contextlib
@@ -55,11 +56,11 @@ class TrainingResult:
     Attributes:
         plan: Sharding plan, as text.
         steps: Number of steps.
-        rows_per_s: Rows per second of all ranks, without validations.
-        data_wait_fraction: Fraction of this time spent waiting for data.
+        rows_per_s: Training rows per second of all ranks together. The time of validations doesn't count.
+        data_wait_fraction: Fraction of the training time spent waiting for data.
         best_step: Step of the best validation.
-        best_checkpoint: Folder of its checkpoint.
-        history: Step and result of each validation. Step 0 is the model that the run started from.
+        best_checkpoint: Folder of the checkpoint of the best step.
+        history: Step and result of each validation. Step 0 validates the model that the run started from.
         stopped_early: Whether the loop ended before its last step, because validations didn't improve.
     """
 
@@ -79,10 +80,10 @@ class TrainingResult:
 
 
 class Meter:
-    """Meter of rows per second, time spent waiting for data, and the mean loss of each task since the last reading.
+    """Meter of rows per second, of the time spent waiting for data, and of each task's mean loss since the last `read`.
 
     Args:
-        layout: Layout of the features, whose tasks have the losses.
+        layout: Layout with the tasks.
         world_size: Number of ranks.
 
     Attributes:
@@ -104,8 +105,8 @@ class Meter:
 
         Args:
             rows: Number of rows.
-            losses: Sum of the losses of each task, shape (T,).
-            counts: Number of observed labels, or the sum of their weights, shape (T,).
+            losses: Sum of the losses of each of the T tasks, shape (T,).
+            counts: Number of observed labels of each task, or the sum of their weights, shape (T,).
         """
         self._rows += rows * self._world_size
         self._sums = self._sums + torch.stack([losses.double(), counts.double()])
@@ -117,7 +118,7 @@ class Meter:
 
     @property
     def data_wait_fraction(self) -> float:
-        """Fraction of the time spent waiting for data."""
+        """Fraction of the training time spent waiting for data."""
         return self.wait_seconds / self._seconds
 
     @property
@@ -125,7 +126,7 @@ class Meter:
         return max(1e-9, time.perf_counter() - self._start - self.excluded_seconds)
 
     def read(self) -> dict[str, float]:
-        """Return the metrics since the last reading. Losses cover the rows of this rank."""
+        """Return the metrics since the last `read`. Losses are means over the rows of this rank only."""
         means = {}
         if isinstance(self._sums, torch.Tensor):
             sums = zip(self._names, *self._sums.tolist(), strict=True)
@@ -138,7 +139,7 @@ class Meter:
 
 
 class Trainer:
-    """Training of one model. `run` writes checkpoints, among them the best one. A process group must exist.
+    """Training of one model. `run` trains it and writes checkpoints. Create it within a process group.
 
     Args:
         prepared: Features.
@@ -149,10 +150,10 @@ class Trainer:
         checkpoints: Folder for the checkpoints.
         log_metrics: Function that is called with metrics and the step.
         warm_start: Weights to start from, None for random ones.
-        resume: Checkpoint to resume from, or None.
-        provenance: Settings and features that the checkpoints record.
+        resume: Checkpoint to resume from. None starts at the first step.
+        provenance: Settings and features of the run, which checkpoints store.
         on_validation: Function that is called with each validation and its step. Its errors end the training.
-        precision_choice: Precision to use, None to measure it.
+        precision_choice: Precision to use. None measures which precision is faster, if the settings say `auto`.
 
     Raises:
         UserError: The tables don't fit into memory, or encoded rows or the checkpoint can't be read.
@@ -192,7 +193,7 @@ class Trainer:
         self.total_steps = settings.epochs * self.reader.batches_per_epoch
         self.steps_to_validate = validation_steps(self.reader.batches_per_epoch, settings)
         if warm_start is not None or (resume is not None and resume.state.step == 0):
-            self.steps_to_validate.add(0)  # validates the model that the run starts from, for comparison
+            self.steps_to_validate.add(0)  # Also validate the model that the run starts from, for comparison.
         self.stop = StopRequest()
         self.steps = StepRunner(
             self.sharded,
@@ -214,7 +215,8 @@ class Trainer:
 
     def _reader(self, prepared: FeatureFolder, split: str, batch_size: int) -> TrainingReader:
         weighted = self.settings.sampling_correction == "weights"
-        # The other part of the validation rows evaluates the model that these rows select.
+        # Validations during training select the best state, so they use only the selection rows. The evaluation rows
+        # evaluate the selected state.
         part = ValidationPart.SELECTION if split == "validation" else None
         return TrainingReader(
             EncodedDataset(prepared.split(split), self.layout, joint_labels=True, weighted=weighted, part=part),
@@ -266,7 +268,7 @@ class Trainer:
         say(f"{steps:,} step{'s' * (steps != 1)} of {self.batch_size:,} rows")
 
     def _choose(self, mixture: Mixture, before: PrecisionChoice | None) -> PrecisionChoice:
-        """Return the precision of the settings, of the resumed run, or the measured precision."""
+        """Return the precision of the settings. If that is `auto`, return the one chosen before, or measure it now."""
         if self.settings.precision != "auto":
             return PrecisionChoice(self.settings.precision)
         rows = min(math.ceil(self.batch_size / self.world_size), self.reader.rows.rows)
@@ -332,7 +334,7 @@ class Trainer:
         if step is None:
             return None
         assert step.batch.position is not None
-        if step.nonfinite is not None:  # on every rank
+        if step.nonfinite is not None:  # The flag is the same on all ranks, so all ranks raise the error.
             raise UserError(
                 f"the {step.nonfinite} of step {self.result.steps + 1} is not finite. Check the inputs for extreme "
                 "values, or lower training.learning_rate or training.table_learning_rate"
@@ -357,7 +359,7 @@ class Trainer:
         batches = self._batches(self.validation_reader, self.validation_reader.position(0), 1)
         validation = validate(self.sharded.model.module, batches, self.layout, self.device, self.stop)
         meter.excluded_seconds += time.perf_counter() - start
-        if validation is None:  # a rank was asked to stop
+        if validation is None:  # The validation ended early because a rank was asked to stop.
             self._save_and_stop()
         result, best, monitor = self.result, self.result.best, (self.settings.monitor, self.layout)
         result.history.append((result.steps, validation))

@@ -1,4 +1,4 @@
-"""Training loss, masked per task and normalized by the observed rows of all ranks."""
+"""Training loss. Each task's loss is a mean over the observed labels of the task on all ranks."""
 
 from collections.abc import Sequence
 
@@ -22,21 +22,23 @@ def masked_loss(
     weights: Tensor | None = None,
     log_variances: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the weighted loss over the observed labels.
+    """Compute the weighted loss over the observed labels of B rows and T tasks.
 
-    The total is world_size * sum_t weight_t * sum_t / global_counts_t. Data parallelism and sharded tables average
-    gradients over ranks, so the factor world_size yields the gradient of the global mean. A task without observed
-    rows, and its log variance, add exactly 0.
+    The total is world_size * sum over tasks t of weight_t * loss_sum_t / global_counts_t. Data parallelism and sharded
+    tables average gradients over ranks, so the factor world_size yields the gradient of the global mean. A task without
+    observed labels adds exactly 0, and so does its log variance.
 
     Args:
         logits: Shape (B, T), float32, or float64 if a task is a regression.
-        labels: Same shape and dtype.
+        labels: Same shape and dtype as the logits.
         observed: Whether each label is observed. Shape (B, T), bool.
         tasks: The T tasks.
-        global_counts: Observed rows of this step on all ranks, or the sums of their weights. Shape (T,).
+        global_counts: Number of observed labels of each task in this step on all ranks, or the sum of their weights.
+            Shape (T,).
         world_size: Number of ranks.
-        weights: Weights of the rows, above 0. Shape (B,), float64.
-        log_variances: Log variances of learned task weights. Shape (T,).
+        weights: Weights of the rows, above 0. None weights all rows equally. Shape (B,), float64.
+        log_variances: Log variances of learned task weights, explained below in this module. None if task weights
+            aren't learned. Shape (T,).
 
     Returns:
         The total to differentiate (scalar), and the detached sum of each task's losses on this rank. Shape (T,).
@@ -50,12 +52,12 @@ def masked_loss(
     if weights is None:
         parts = losses.sum(0)
         sums, scale = parts.detach(), scale / totals.to(losses)
-    else:  # weights are divided by their sum in float64, since their size is arbitrary
+    else:  # Divide weights by their sum in float64, because weights may be very large or small numbers.
         parts = (losses * (weights[:, None] / totals).to(losses)).sum(0)
         sums = parts.detach() * totals
     if log_variances is None:
         return (scale * parts).sum(), sums
-    # Every rank adds the whole term, and the average over ranks doesn't change it.
+    # Every rank adds the whole term. Gradients are averaged over ranks, so the term counts once.
     uncertainty = (task_weights * (global_counts > 0) * log_variances).sum() / 2
     return (scale * loss_factors(log_variances, tasks) * parts).sum() + uncertainty, sums
 
@@ -63,11 +65,12 @@ def masked_loss(
 def row_losses(logits: Tensor, labels: Tensor, tasks: Sequence[TaskOutput]) -> Tensor:
     """Compute the loss of every row and task.
 
-    A task with `conditional_on` has joint labels, observed on all rows. Its prediction is the product of both tasks'
-    probabilities, so both tasks learn from its loss (ESMM: Ma et al., SIGIR 2018).
+    A task with `conditional_on`, such as a purchase given a click, is trained on joint labels (clicked and purchased).
+    Its prediction for them is the product of both tasks' probabilities, so both tasks learn from its loss (ESMM: Ma et
+    al., SIGIR 2018).
 
     Args:
-        logits: Shape (B, T).
+        logits: Logits of B rows. Shape (B, T).
         labels: Labels of each task's `loss_label`. Shape (B, T).
         tasks: The T tasks.
 
@@ -88,8 +91,9 @@ def row_losses(logits: Tensor, labels: Tensor, tasks: Sequence[TaskOutput]) -> T
 #
 # Each task has a learned log variance s. A regression with Gaussian errors of variance exp(s) has the negative log
 # likelihood exp(-s) L / 2 + s / 2, where L is the mean squared error. A classification with logits divided by exp(s)
-# has about exp(-s) L + s / 2, where L is the mean cross-entropy (equation 10). `loss_weight` multiplies the whole term.
-# On L alone it would have no effect, because s would cancel it. Checkpoints contain the log variances, artifacts don't.
+# has about exp(-s) L + s / 2, where L is the mean cross-entropy (equation 10). A task's `loss_weight` multiplies this
+# whole term. If it multiplied only L, it would have no effect, because s would adapt and cancel it. Checkpoints contain
+# the log variances. Artifacts don't, because predictions don't need them.
 
 LOG_VARIANCES = "log_variances"
 
@@ -105,12 +109,15 @@ def add_log_variances(model: nn.Module, tasks: Sequence[TaskOutput]) -> None:
 
 
 def log_variances(model: nn.Module) -> nn.Parameter | None:
-    """Return the log variances of a model, or None. Don't keep the result, since sharding may replace the parameter."""
+    """Return the log variances of a model, None if it has none.
+
+    Don't keep the result, because sharding the model may replace the parameter.
+    """
     return getattr(model, LOG_VARIANCES, None)
 
 
 def loss_factors(log_vars: Tensor, tasks: Sequence[TaskOutput]) -> Tensor:
-    """Return the factor of each task's mean loss, apart from its `loss_weight`.
+    """Return the factor of each task's mean loss due to its log variance. `loss_weight` is another factor.
 
     Args:
         log_vars: Log variances, shape (T,).

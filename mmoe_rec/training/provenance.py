@@ -5,7 +5,8 @@ from typing import Any
 
 from mmoe_rec.settings.sections import Settings, diff_settings
 
-# Settings of where a run computes, how long ranks wait and when it saves. They don't change the weights.
+# Settings that may change when a run is resumed, because they don't affect the weights. They say on which devices a run
+# computes, how long ranks wait for each other and when checkpoints are written.
 _IGNORED = {
     "checkpoint_steps",
     "keep_checkpoints",
@@ -21,7 +22,7 @@ class WarmStartSource:
 
     Attributes:
         uri: URI as given, possibly an alias.
-        pinned_uri: URI of exactly this model version, even if the alias moves.
+        pinned_uri: URI with the version number. Unlike an alias, it always names the same model.
         weights_checksum: Checksum of the model's weights.
         run_id: MLflow run that trained it, None if it is unknown.
     """
@@ -37,12 +38,12 @@ class Provenance:
     """Settings, features and starting model of a run.
 
     Attributes:
-        settings: Result of `fixed_settings`.
+        settings: Settings that determine the weights, from `fixed_settings`.
         features: Fingerprint of the features.
         last_request_us: Time of the last request in the features, in microseconds.
-        run_id: MLflow run.
+        run_id: ID of the MLflow run. None if there is none.
         start: Model that the run started from, None for random weights.
-        artifact_settings: Result of `artifact_settings`.
+        artifact_settings: Settings that affect only the finished model, from `artifact_settings`.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -53,15 +54,15 @@ class Provenance:
     artifact_settings: dict[str, Any] = field(default_factory=dict)
 
     def describe_mismatch(self, settings: dict[str, Any], features: str, uri: str | None) -> str | None:
-        """Describe the first difference from a run with these settings, features and starting model.
+        """Describe how this run differs from a run with the given settings, features and starting model.
 
         Args:
-            settings: Result of `fixed_settings`.
-            features: Fingerprint of the features.
-            uri: URI of the model to start from.
+            settings: Settings of the other run, from `fixed_settings`.
+            features: Fingerprint of the other run's features.
+            uri: URI of the model to start from. None for random weights.
 
         Returns:
-            End of an error message, without a period, or None if nothing differs.
+            The first difference, as the end of an error message without a period. None if nothing differs.
         """
         for name, old, new in diff_settings(self.settings, settings):
             return f"it was started with {name} {old}, and now it is {new}. Restore the setting"

@@ -1,7 +1,8 @@
 """Sharded training: the sharding plan, tables sharded over ranks, and the optimizers of all parameters.
 
-A laptop and a cluster use the same code: one CPU process shards its tables as 64 GPUs do. Without torchrec, one process
-trains on tables in plain PyTorch.
+The tables are the model's embedding tables, and a rank is one of the processes that train together. A laptop and a
+cluster use the same code: with torchrec, even a single CPU process shards its tables, into one part each. Without
+torchrec, a single process trains on tables in plain PyTorch.
 """
 
 import itertools
@@ -40,14 +41,15 @@ WHOLE_ROW_SHARDINGS = ("table_wise", "row_wise", "table_row_wise")
 CPU_SHARDINGS = ("auto", "table_wise", "column_wise")  # torchrec supports no other kinds on CPUs.
 
 RowInitializer = Callable[[EmbeddingTable, int, int], Tensor]
-"""Table, first row and last row (exclusive) -> (last - first, dim) float32, the initial weights of these rows."""
+"""Function that returns the initial weights of some rows of a table: (table, first row, end row) -> float32 tensor of
+shape (end - first, dim)."""
 
 
-# The sharding plan by torchrec's planner, for the running ranks or for a hypothetical cluster.
+# The sharding plan, which torchrec's planner makes for the running ranks or for a hypothetical cluster.
 
 
 def check_sharding(kind: str, device: str) -> None:
-    """Raise an error if a kind of sharding isn't available.
+    """Raise an error if a kind of sharding isn't available on a device.
 
     Args:
         kind: The setting `training.sharding`.
@@ -110,7 +112,7 @@ def update_in_backward(model: nn.Module, learning_rate: float) -> None:
     """Make the backward pass update the tables by row-wise Adagrad, once they are sharded.
 
     Args:
-        model: Model over `torchrec_tables`.
+        model: Model whose tables are `torchrec_tables`.
         learning_rate: Learning rate of the tables.
     """
     from torch.distributed.optim import _apply_optimizer_in_backward
@@ -127,7 +129,7 @@ class ShardingPlanner:
         layout: The model's tables and inputs.
         cluster: Ranks to plan for.
         batch_size: Rows per rank and step.
-        settings: Training settings, for the kind of sharding and the type that ranks communicate in.
+        settings: Training settings. The kind of sharding and the number type of communication are used.
     """
 
     layout: ModelLayout
@@ -152,9 +154,9 @@ class ShardingPlanner:
         """Make torchrec's plan for a model.
 
         Args:
-            model: Model over `torchrec_tables`.
+            model: Model whose tables are `torchrec_tables`.
             group: Process group whose ranks make the plan together. None plans without other ranks.
-            stats: torchrec's planner statistics, which receives the plan.
+            stats: Object of torchrec that receives the plan and its estimates. None for torchrec's default.
 
         Returns:
             The plan, a `ShardingPlan` of torchrec.
@@ -171,7 +173,7 @@ class ShardingPlanner:
         cluster, sharders, kind = self.cluster, self.sharders(), self.settings.sharding
 
         class StorageEstimator(EmbeddingStorageEstimator):
-            # torchrec counts one value of row-wise Adagrad per row, but every column shard of a row has its own value.
+            # torchrec counts one optimizer value per row. With row-wise Adagrad, every column shard of a row has one.
             def estimate(self, sharding_options: Any, sharder_data_map: Any) -> None:
                 super().estimate(sharding_options, sharder_data_map)
                 for option, part in ((table, part) for table in sharding_options for part in table.shards):
@@ -179,10 +181,12 @@ class ShardingPlanner:
                     hbm, ddr = (missing, 0) if cluster.device == "cuda" else (0, missing)
                     part.storage += types.Storage(hbm=hbm, ddr=ddr)
 
-        # Data parallelism is excluded. Its optimizer state has other keys, so a table couldn't be resharded.
+        # `auto` never copies a table to all ranks (data parallelism). The optimizer state would have different keys, so
+        # a checkpoint couldn't be resumed with a different sharding.
         auto_kinds = WHOLE_ROW_SHARDINGS if cluster.device == "cuda" else ("table_wise",)
         # `min_partition` fixes the number of column shards, whatever the number of ranks. Row-wise Adagrad has one
-        # value per column shard, so only a fixed number lets a table be resharded.
+        # value per column shard. If their number changed with the ranks, a checkpoint couldn't be resumed on another
+        # number of ranks.
         constraints = {
             table.name: types.ParameterConstraints(
                 sharding_types=list(auto_kinds) if kind == "auto" else [kind],
@@ -231,16 +235,16 @@ class ShardingPlanner:
         """Plan for a cluster that need not exist.
 
         Args:
-            model: Model over `torchrec_tables` on the device "meta".
+            model: Model whose tables are `torchrec_tables`, on torch's device "meta", which allocates no memory.
 
         Returns:
-            The plan in the words of `describe_plan`, and the load of each rank.
+            The plan as text, from `describe_plan`, and the load of each rank.
 
         Raises:
             UserError: The tables don't fit into the ranks' memory.
         """
         options: list[Any] = []
-        update_in_backward(model, learning_rate=1.0)  # The optimizer state takes memory.
+        update_in_backward(model, learning_rate=1.0)  # The estimate must include the memory of the optimizer state.
         plan = self.make_plan(model, stats=SimpleNamespace(log=lambda *, best_plan, **_: options.extend(best_plan)))
         ranks = [RankEstimate(rank, 0, 0, 0.0) for rank in range(self.cluster.world_size)]
         for part in (part for option in options for part in option.shards):
@@ -265,10 +269,10 @@ def describe_plan(plan: Any) -> str:
 
 
 def merge_adjacent_ranks(ranks: Sequence[tuple[int, str]]) -> list[str]:
-    """Join (rank, text) pairs to lines, one for adjacent ranks with the same text."""
+    """Turn (rank, text) pairs into lines of text. Neighboring ranks with the same text share a line."""
     lines = []
     for text, group in itertools.groupby(ranks, key=itemgetter(1)):
-        numbers = sorted({rank for rank, _ in group})  # A rank may have several column shards of a table.
+        numbers = sorted({rank for rank, _ in group})  # A rank with several column shards of a table appears twice.
         first, last = numbers[0], numbers[-1]
         numbers_text = f"{first}-{last}" if len(numbers) == last - first + 1 else ", ".join(map(str, numbers))
         subject = f"rank {first}" if len(numbers) == 1 else f"each of ranks {numbers_text}"
@@ -277,7 +281,7 @@ def merge_adjacent_ranks(ranks: Sequence[tuple[int, str]]) -> list[str]:
 
 
 def table_bytes(table: EmbeddingTable) -> int:
-    """Return the bytes of a table's padded weights and of row-wise Adagrad's one value per row."""
+    """Return the bytes of a table: its padded weights, and the one value per row that row-wise Adagrad stores."""
     return table.rows * (padded_dim(table.dim) + 1) * _FLOAT
 
 
@@ -289,9 +293,9 @@ class ShardedModel:
     """A model whose tables are sharded over the ranks.
 
     Attributes:
-        model: torchrec's DistributedModelParallel or `SingleProcessModel`, to be called with a `Batch`.
-        table_optimizer: Fused row-wise Adagrad, which updates the tables in the backward pass. It reads the learning
-            rate from `param_groups` at `zero_grad()` and `step()`.
+        model: torchrec's DistributedModelParallel or `SingleProcessModel`. Call it with a `Batch`.
+        table_optimizer: Optimizer of the tables, which updates them in the backward pass (row-wise Adagrad). It reads
+            the learning rate from `param_groups` at `zero_grad()` and `step()`.
         plan: Sharding of the tables, one line for each table.
     """
 
@@ -301,7 +305,7 @@ class ShardedModel:
 
     @property
     def pipelined(self) -> bool:
-        """Whether torchrec's pipeline can train the model, which needs tables and several ranks or a GPU."""
+        """Whether torchrec's pipeline can train the model. It needs tables, and either several ranks or a GPU."""
         if isinstance(self.model, SingleProcessModel):
             return False
         is_remote = dist.get_world_size() > 1 or self.model.device.type != "cpu"
@@ -314,7 +318,7 @@ class ShardedModel:
 
 
 def training_tables(layout: ModelLayout, backend: TableBackend) -> nn.Module:
-    """Create the tables of a model for `shard`.
+    """Create the tables of a model that `shard` can then shard.
 
     Args:
         layout: The model's tables and inputs.
@@ -335,7 +339,7 @@ def shard(
     """Shard a model over the ranks of the current process group. Without tables, this is plain data parallelism.
 
     Args:
-        model: Model over `training_tables`.
+        model: Model whose tables come from `training_tables`.
         layout: The model's tables and inputs.
         device: Device of this rank.
         batch_size: Rows per rank and step.
@@ -368,7 +372,7 @@ def shard(
         update_in_backward(model, settings.table_learning_rate)
         plan = planner.make_plan(model, dist.group.WORLD)
     with warnings.catch_warnings():
-        # torchrec passes an argument to torch that is deprecated there.
+        # torchrec passes an argument to torch that torch has deprecated.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         # Data parallelism wraps the dense part and moves it to the device. A single CPU process needs neither.
         on_one_cpu = device.type == "cpu" and dist.get_world_size() == 1
@@ -400,20 +404,20 @@ def _fill_tables(parallel: Any, layout: ModelLayout, row_initializer: RowInitial
 
 
 def _local_parts(stored: Any) -> list[tuple[Sequence[int], Tensor]]:
-    """Return the first row and column, and the storage, of each part of a table on this rank."""
+    """Return the parts of a table that are on this rank: (first row, first column) and weights of each part."""
     if hasattr(stored, "local_shards"):
         return [(part.metadata.shard_offsets, part.tensor) for part in stored.local_shards()]
     return [((0, 0), stored)]
 
 
 class Optimizers:
-    """Optimizers of tables and dense parameters as one optimizer.
+    """The optimizers of tables and dense parameters (all other weights), with the interface of one optimizer.
 
-    The state is keyed by parameter names, so it is the same on any number of ranks.
+    The state is keyed by parameter names. A checkpoint can therefore be resumed on a different number of ranks.
 
     Args:
         sharded: Model to optimize.
-        settings: Training settings, for the learning rate and weight decay of dense parameters.
+        settings: Training settings. The learning rate and the weight decay of dense parameters are used.
 
     Attributes:
         dense: AdamW of all parameters except tables.
@@ -426,7 +430,7 @@ class Optimizers:
             {"params": [parameter for name, parameter in self._named.items() if name != LOG_VARIANCES]}
         ]
         if LOG_VARIANCES in self._named:
-            # Weight decay would pull the learned task weights toward 1.
+            # Weight decay would pull the log variances toward 0, and so the learned task weights toward 1.
             groups.append({"params": [self._named[LOG_VARIANCES]], "weight_decay": 0.0})
         self.dense = torch.optim.AdamW(
             groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
@@ -434,7 +438,7 @@ class Optimizers:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Groups of the tables, then of the dense parameters. `lr` is the learning rate of a group's next step."""
+        """Parameter groups of the tables, then of the dense parameters. Set `lr` to change a group's learning rate."""
         return [*self._tables.param_groups, *self.dense.param_groups]
 
     def zero_grad(self) -> None:
@@ -448,9 +452,9 @@ class Optimizers:
         self.dense.step()
 
     def init_state(self) -> None:
-        """Create the state of AdamW's first step, so that a checkpoint can be loaded into it.
+        """Create the optimizer state by a step of AdamW, so that a checkpoint can be loaded into the state.
 
-        This may change weights, so load them afterward.
+        The step may change weights, so load the weights afterward.
         """
         for parameter in self._named.values():
             parameter.grad = torch.zeros_like(parameter)

@@ -1,4 +1,8 @@
-"""Boosted trees beside a trained network, and the weights of their blend."""
+"""Boosted trees beside a trained network. A blend, the weighted sum of both predictions, is fitted for each task.
+
+The selection rows (one half of the validation users) choose trees and weights. Neither network nor trees are trained on
+them.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -22,26 +26,30 @@ from mmoe_rec.task_kinds.task_kind import TaskKind
 from mmoe_rec.training.boosting import TreeInputs, train_lightgbm
 
 BLEND_PRIOR_STD = 0.25
-"""Prior standard deviation of the difference of both weights, as a fraction of their sum."""
+"""Prior standard deviation of the difference of the network's and the trees' weights, as a fraction of their sum."""
 SCALE_PRIOR_STD, MIN_SCALE = 0.5, 0.1
-"""Prior standard deviation of the scale around 1, and the minimum scale. A scale of 0 would make all rows equal."""
+"""Prior standard deviation of the blend's scale around 1, and the minimum scale. With a scale of 0, all rows would get
+the same prediction."""
 MEAN_PRIOR_STD = 0.03
-"""Prior standard deviation of the error of the mean prediction. It applies to the logarithm of the mean, or for a
-regression, to the mean in standard deviations of the label."""
+"""Prior standard deviation of the difference between the blend's mean prediction and the weighted mean of the network's
+and the trees' mean predictions. The unit is a standard deviation of the label for a regression. For a binary task, the
+difference is between logarithms."""
 ID_TREES_MIN_Z = 3.0
-"""Standard errors by which trees with IDs must be better to replace trees without IDs, because the effect of an ID
-lasts less long than the effect of a counter. If they are less better, the mean of both sets is used."""
+"""Number of standard errors by which the loss of trees with IDs must be lower to replace trees without IDs. The margin
+is large because the effect of an ID fades sooner than the effect of a counter. With a smaller difference, both sets of
+trees may be used together."""
 EQUAL_BLEND = Blend(0.5, 0.5, 0.0)
-"""The blend of a task with too few labels to fit one."""
+"""The blend of a task with too few labels to fit the weights."""
 BLEND_MIN_Z = 1.0
-"""Standard errors by which a blend must be better than the network alone, or trees alone better than a blend."""
+"""Number of standard errors by which the loss of a blend must be lower than the loss of the network alone. Trees alone
+replace a blend by the same rule."""
 
 
 def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout, model: RankingModel) -> Trees:
     """Grow trees for every task, and print the chosen trees and weights.
 
-    The selection rows choose. A task keeps the network alone if trees have no input or labels, or if a blend isn't
-    clearly better.
+    The losses on the selection rows decide. A task keeps the network alone if trees have no input or labels, or if the
+    blend isn't better by `BLEND_MIN_Z` standard errors.
 
     Args:
         settings: Settings of the run, with `model.trees`.
@@ -59,7 +67,8 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
     users = np.unique(hash_column(held_out.column("user")), return_inverse=True)[1]
     logits, *_ = predict_for_calibration(model, layout, selection, settings.evaluation.batch_size)
     logits = logits[len(logits) - len(held_out.labels) :]
-    # A table without times has no later rows and no counters, so trees with IDs need no margin.
+    # Without a time column, there are no counters and no later rows on which the effect of IDs could fade. Trees with
+    # IDs then need no margin.
     min_z = ID_TREES_MIN_Z if settings.columns.has_time else 0.0
     texts: dict[str, str] = {}
     blends: dict[str, Blend] = {}
@@ -92,12 +101,13 @@ def fit_task_trees(
         seed: Seed of the columns of each tree.
         train_rows: Training rows with an observed label.
         held_out: N selection rows with an observed label.
-        network: Logits, or values of a regression, of the network. Shape (N,).
-        users: Number of each row's user. Shape (N,), int64.
-        min_z: Standard errors by which trees with IDs must be better than trees without IDs.
+        network: The network's logits, or its values for a regression. Shape (N,).
+        users: Number that identifies each row's user. Shape (N,), int64.
+        min_z: Number of standard errors by which trees with IDs must be better than trees without IDs.
 
     Returns:
-        The trees in LightGBM's text format with their blend, or None for the network alone, and a description.
+        A pair. First the trees in LightGBM's text format with their blend, or None to use the network alone. Second a
+        description of the choice.
     """
     inputs = sorted({train_rows.num_numeric, train_rows.x.shape[1]} - {0})
     if not inputs or min(len(np.unique(rows.labels)) for rows in (train_rows, held_out)) < 2:
@@ -110,10 +120,10 @@ def fit_task_trees(
         )
         options = section.leaves, seed, section.learning_rate, section.max_trees
         booster = train_lightgbm(task.kind, train, selection, *options)
-        count = booster.best_iteration  # more trees have a higher loss on the selection rows
+        count = booster.best_iteration  # With more trees, the loss on the selection rows is higher.
         name = "without ids" if width == train_rows.num_numeric else "with ids"
         texts[name] = booster.model_to_string(num_iteration=count)
-        # Both sets together have at most `max_trees` trees.
+        # If both sets of trees (without and with IDs) are used together, they have at most `max_trees` trees.
         halves.append(booster.model_to_string(num_iteration=min(count, max(1, section.max_trees // 2))))
     choices = [(name, text, min_z) for name, text in texts.items()]
     if 1 < len(choices) <= section.max_trees:
@@ -145,7 +155,15 @@ def fit_task_trees(
 
 @dataclass(frozen=True)
 class _FittedTrees:
-    """Trees, with their predictions, blend and losses on the selection rows."""
+    """Fitted trees of a task.
+
+    Attributes:
+        text: The trees in LightGBM's text format.
+        name: Description of the trees, for the report.
+        trees: Predictions for the N selection rows, as logits or values of a regression. Shape (N,).
+        blend: Blend with the network.
+        losses: Losses of the blend on the selection rows. Shape (N,).
+    """
 
     text: str
     name: str
@@ -161,15 +179,15 @@ def is_significantly_lower(
     users: np.ndarray,
     min_z: float = ID_TREES_MIN_Z,
 ) -> bool:
-    """Return whether the losses are lower by more than `min_z` standard errors.
+    """Return whether the mean of `losses` is lower than the mean of `other_losses` by over `min_z` standard errors.
 
-    Standard errors are over users, because rows of a user aren't independent.
+    The standard error of the difference is computed over users, because rows of one user aren't independent.
 
     Args:
         losses: Losses, shape (N,).
         other_losses: Losses to compare with, shape (N,).
         weights: Weights of the rows, None for equal weights. Shape (N,).
-        users: Number of each row's user. Shape (N,), int64.
+        users: Number that identifies each row's user. Shape (N,), int64.
         min_z: Number of standard errors.
     """
     gains = (other_losses - losses) * (1 if weights is None else weights)
@@ -188,8 +206,9 @@ def fit_blend(
     """Fit the weights of network and trees on rows that trained neither of them (stacking: Wolpert, 1992).
 
     The blend is scale x (w x network + (1 - w) x trees) + offset, in logits or in a regression's values, with the
-    lowest mean loss. With w at 1 or 0, one side stands alone. Normal priors keep w near 1/2, the scale near 1, and the
-    mean prediction near the mean of both sides. Few labels, or labels of an unusual month, therefore change little.
+    lowest mean loss. With w = 1, only the network counts, and with w = 0 only the trees. Normal priors keep w near 1/2,
+    the scale near 1, and the mean prediction near the mean predictions of network and trees. Few labels, or labels of
+    an unusual month, therefore change the blend little.
 
     Args:
         kind: Kind of the task.
@@ -199,7 +218,7 @@ def fit_blend(
         weights: Positive weights of the rows, None for equal ones. Shape (N,).
 
     Returns:
-        The blend. Without enough labels, it has half of each side.
+        The blend. With too few labels, it is `EQUAL_BLEND`.
     """
     if kind.count_minority(labels) < MIN_LABELS["temperature"]:
         return EQUAL_BLEND

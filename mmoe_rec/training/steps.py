@@ -1,18 +1,19 @@
 """Training steps in torchrec's pipeline, which sends the IDs of the next batch while a batch is trained on.
 
-The pipeline calls `zero_grad`, `_forward`, and, after the backward pass that updates the tables, `step`.
+For each batch, the pipeline calls `StepRunner.zero_grad` and `StepRunner._forward`. It then runs the backward pass,
+which updates the tables, and calls `StepRunner.step`.
 
-A GPU runs queued operations, and it is idle whenever the host waits for a result before it queues more. The host
-therefore waits for the device only in these places:
+The host (the CPU process) queues operations, and the GPU runs them. If the host waits for a result, it queues nothing,
+and the GPU becomes idle. The host therefore waits for the GPU only in these places:
 
 - Once a step, `StepRunner.step` reads whether loss and gradient are finite and whether a rank was asked to stop.
 - With several ranks, torchrec's pipeline reads the numbers of IDs to exchange, one step ahead on a separate stream.
 - Every `STEPS_BETWEEN_LOGS` steps, `Meter.read` reads the losses and learned task weights.
-- A validation reads the logits of each batch and its sums, and with several ranks whether a rank was asked to stop.
+- A validation reads the logits and sums of each batch. With several ranks, it reads whether a rank was asked to stop.
 - Writing a checkpoint reads the weights.
 - `mmoe_rec.devices.cached_constant` copies each constant to the device once.
 
-`tests/gpu/test_device.py` counts them.
+`tests/gpu/test_device.py` counts how often the host waits.
 """
 
 import copy
@@ -44,16 +45,18 @@ from mmoe_rec.training.sharding import ShardedModel
 
 @dataclass
 class StepResult:
-    """Result of a training step.
+    """Result of a training step on a batch of B rows and T tasks.
 
     Attributes:
-        batch: The batch.
+        batch: The batch of this rank.
         logits: Logits, shape (B, T).
-        losses: Sums of the tasks' losses on this rank, shape (T,).
-        observed: Numbers of observed labels, or the sums of their weights, shape (T,).
-        stop_and_nonfinite: Numbers of ranks that were asked to stop and that have a nonfinite loss, shape (2,).
+        losses: Sum of each task's losses on this rank, shape (T,).
+        observed: Number of each task's observed labels on this rank, or the sum of their weights, shape (T,).
+        stop_and_nonfinite: Number of ranks that were asked to stop, and number of ranks with logits that aren't finite.
+            Shape (2,).
         stop_requested: Whether any rank was asked to stop.
-        nonfinite: "loss" or "gradient" if it isn't finite on some rank. Then the step didn't update the dense part.
+        nonfinite: "loss" or "gradient" if that isn't finite on some rank, else None. If it is set, the step has not
+            updated the dense part.
     """
 
     batch: Batch
@@ -66,16 +69,16 @@ class StepResult:
 
 
 class StepRunner:
-    """Runs training steps on all ranks together, one batch a step.
+    """Runs training steps on all ranks together, one batch per step and rank.
 
     Args:
         sharded: Sharded model.
-        optimizer: Optimizer of all parameters, with the peak learning rates.
+        optimizer: Optimizer of all parameters. Its learning rates are the peak rates of the schedule.
         layout: Layout of the model.
         device: Device of this rank.
         bf16: Whether matmuls are in bf16.
-        max_grad_norm: Maximum norm of the gradient of the dense part.
-        stop: Request to stop, read at each step.
+        max_grad_norm: Maximum norm of the gradient of the dense part. Larger gradients are scaled down.
+        stop: Record of a signal to stop, which is read at each step.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class StepRunner:
         self._model, self._optimizer, self._layout = sharded.model, optimizer, layout
         self._device, self._bf16, self._max_grad_norm, self._stop = device, bf16, max_grad_norm, stop
         self._mixture: Mixture = sharded.model.module.mixture
-        self._gates = self._mixture.gates[0].settings  # all levels have the same settings
+        self._gates = self._mixture.gates[0].settings  # The gates of all levels have the same settings.
         self._peak_rates = [group["lr"] for group in optimizer.param_groups]
         self._lr_fraction = 1.0
         self._loads: list[Tensor] = []
@@ -128,7 +131,7 @@ class StepRunner:
         return step
 
     def progress(self, batches: Iterator[Batch]) -> StepResult:
-        """Run a step without the pipeline, if there are no tables or only one rank."""
+        """Run a step without torchrec's pipeline. Has the signature of the pipeline's method."""
         batch = next(batches)
         if self._device.type != "cpu":
             batch = batch.to(self._device, non_blocking=True)
@@ -151,7 +154,7 @@ class StepRunner:
         observed = batch.observed_weights
         # Copied rows that fill the last batch of an epoch have no labels.
         counted = batch.observed.any(1).float()
-        # `new_full` is queued on the device. `torch.tensor` would copy from the host.
+        # `new_full` only queues an operation on the GPU. `torch.tensor` would copy from the host, which waits for it.
         signaled = observed.new_full((1,), int(self._stop.signal is not None))
         shared = torch.cat([observed, counted.sum()[None].to(observed), signaled])
         reduced = self._all_reduce(shared)  # runs during the forward pass
@@ -161,7 +164,8 @@ class StepRunner:
         logits = outputs.logits
         nonfinite = (~logits.isfinite().all()).float()
         balanced = outputs.routings if self._gates.balance != "none" else ()
-        # Loads of all levels, multiplied by the number of rows so that ranks can add them.
+        # Load (fraction of rows) of each expert, for the gates of all levels. Multiplied by the number of rows, the
+        # loads of several ranks can be added.
         loads = [counted.sum() * expert_loads(routing, counted) for routing in balanced]
         sums = torch.cat([nonfinite[None], *loads])
         for work in (reduced, self._all_reduce(sums)):
@@ -191,7 +195,8 @@ class StepRunner:
         """
         step = self._result
         assert step is not None
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)  # the same on all ranks
+        # The norm is the same on all ranks, because gradients of the dense part are already averaged over ranks.
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
         flags = torch.cat([step.stop_and_nonfinite, (~norm.isfinite()).float()[None]])
         step.stop_requested, nonfinite_loss, nonfinite_gradient = (flags > 0).tolist()
         step.nonfinite = "loss" if nonfinite_loss else "gradient" if nonfinite_gradient else None
@@ -201,11 +206,14 @@ class StepRunner:
         for level, gates in enumerate(self._mixture.gates):
             gates.advance_ramp(self._gates.ramp_steps)
             if self._gates.balance == "bias":
-                # The bias rate falls with the learning rate, because the loads of one step are noisy.
+                # The loads of one step are noisy, so the rate of bias changes falls with the learning rate.
                 gates.update_selection_bias(self._loads[level], self._gates.bias_rate * self._lr_fraction)
 
     def _balance_loss(self, routings: Sequence[Routing], row_weights: Tensor) -> Tensor | float:
-        """Return the mean over levels of the weighted balance loss and z-loss. Row weights have shape (B,), float32."""
+        """Return the weighted balance loss and z-loss of the gates, as a mean over the levels of experts.
+
+        `row_weights` are the weights of the batch's B rows, shape (B,), float32.
+        """
         gates, total = self._gates, 0.0
         if gates.balance == "loss":
             pairs = zip(routings, self._loads, strict=True)
@@ -215,11 +223,11 @@ class StepRunner:
         return total
 
     def _all_reduce(self, values: Tensor) -> Any:
-        """Start to sum values over all ranks, in place. Return None with one rank."""
+        """Start to sum values over all ranks, in place. Return the work to wait for, None with one rank."""
         return dist.all_reduce(values, async_op=True) if self._world_size > 1 else None
 
 
-# Learning rate schedule and steps of validations.
+# The schedule of a run: learning rates, and the steps after which to validate.
 
 
 def learning_rate_fraction(step: int, total: int, warmup_fraction: float) -> float:
@@ -228,7 +236,7 @@ def learning_rate_fraction(step: int, total: int, warmup_fraction: float) -> flo
     Args:
         step: Number of steps before this step.
         total: Number of all steps.
-        warmup_fraction: Fraction of the steps that warm up.
+        warmup_fraction: Fraction of the steps in which the learning rate rises.
     """
     warmup = math.ceil(total * warmup_fraction)
     if step < warmup:
@@ -254,16 +262,16 @@ def validation_steps(batches_per_epoch: int, settings: Training) -> set[int]:
 
 # Choice of the precision: bf16 if steps of the model are clearly faster in bf16.
 #
-# On processors with bf16, a step takes between a quarter of the time of fp32 and more time than fp32. Steps in both
-# precisions are therefore timed in turns. The fastest step of each precision counts, measured on the slowest rank.
+# Depending on the processor, a step in bf16 takes between a quarter of the time of fp32 and more time than fp32. Steps
+# in both precisions are therefore timed in turns. The fastest step of each precision counts, on the slowest rank.
 
 
-TIMING_SECONDS = 0.025  # duration of timing, besides the first step of each precision
+TIMING_SECONDS = 0.025  # Total duration of timing. The first step of each precision doesn't count.
 MIN_TIMED_RUNS = 3
-MIN_BF16_SPEEDUP = 1.2  # minimum ratio of the times of fp32 and bf16 to choose bf16
-_TIMED_OPERATIONS = 1.6e9  # floating-point operations of a timed step, some milliseconds in fp32 on two cores
+MIN_BF16_SPEEDUP = 1.2  # Choose bf16 if a step in fp32 takes at least this many times as long.
+_TIMED_OPERATIONS = 1.6e9  # Floating-point operations of a timed step, which takes some milliseconds on two cores.
 _FIRST_ROWS = 64
-_MAX_SLOWDOWN = 4.0  # bf16 that is slower than this on a few rows is emulated, and isn't timed on more rows
+_MAX_SLOWDOWN = 4.0  # If bf16 takes over this many times as long on a few rows, it is emulated. Stop timing it then.
 
 Precision = Literal["fp32", "bf16"]
 
@@ -273,8 +281,9 @@ class PrecisionChoice:
     """Precision of a run.
 
     Attributes:
-        precision: Precision of matmuls.
-        step_ms: Milliseconds of a step in each precision, on the slowest rank. Empty if the settings set the precision.
+        precision: Precision of matrix products.
+        step_ms: Milliseconds of a step in each precision, on the slowest rank. Empty if nothing was measured, because
+            the settings name a precision.
     """
 
     precision: Precision
@@ -287,7 +296,7 @@ class PrecisionChoice:
 
 
 def read_precision_choice(file: Path) -> PrecisionChoice | None:
-    """Read the choice that the runs of a comparison share, or return None if no run has made it.
+    """Read the choice of the precision that all runs of a comparison share. Return None if no run has made it yet.
 
     Raises:
         UserError: The file is damaged.
@@ -299,7 +308,7 @@ def read_precision_choice(file: Path) -> PrecisionChoice | None:
 
 
 def write_precision_choice(file: Path, precision_choice: PrecisionChoice) -> None:
-    """Write a choice for the other runs of a comparison.
+    """Write a choice of the precision for the other runs of a comparison.
 
     Args:
         file: JSON file to write.
@@ -312,7 +321,7 @@ def choose_precision(mixture: Mixture, layout: ModelLayout, device: torch.device
     """Time steps of a model in both precisions, and choose one. All ranks must call it.
 
     Args:
-        mixture: Dense part of the model. It isn't changed, and neither are random states.
+        mixture: Dense part of the model. Neither its weights nor the states of random generators change.
         layout: Layout of the model.
         device: Device to train on.
         rows: Rows of a rank's batch.
@@ -340,7 +349,7 @@ def choose_precision(mixture: Mixture, layout: ModelLayout, device: torch.device
 
 
 def _dense_step(mixture: Mixture, inputs: list[Tensor], precision: Precision) -> None:
-    """Run the forward and backward pass of the dense part."""
+    """Run one forward and backward pass of the dense part, for timing."""
     dense, placement = (values.detach().requires_grad_() for values in inputs)
     with torch.autocast(dense.device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits: Tensor = mixture(dense, placement).logits
@@ -357,8 +366,8 @@ def time_alternatives(
 
     Args:
         options: Functions to time, by name.
-        seconds: Duration of timing.
-        synchronize: Function that waits for the device.
+        seconds: Total duration of timing.
+        synchronize: Function that waits until the device has finished its work, so that the clock covers all of it.
 
     Returns:
         Milliseconds of the fastest run, by name.

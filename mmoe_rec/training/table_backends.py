@@ -1,11 +1,13 @@
 """Choice of the table backend, tables in plain PyTorch for one process on a CPU, and a fix for fbgemm's CPU kernels.
 
-`SingleProcessTables` is the plain backend. Its update sorts the rows that were looked up, sums the gradients of equal
-rows in a deterministic order, and then updates each row once.
+`SingleProcessTables` is the plain backend. Its update sorts the table rows that were looked up. It sums the gradients
+of equal rows in a deterministic order, and then updates each row once.
 
-Shapes: F inputs, B rows of a batch, D columns of a table.
+Shapes: F inputs, B rows of a batch, D columns of a table. A bag is the list of IDs of one input in one row of a batch.
 
-Row-wise Adagrad (as in fbgemm, after Duchi et al. 2011, with one sum of squares for a row of D columns):
+Row-wise Adagrad, as in fbgemm, stores one sum of squares (momentum) for a table row w of D columns, and updates the row
+by its gradient g (after Duchi et al. 2011):
+
     momentum += mean(g^2);  w -= rate * g / (sqrt(momentum) + eps)
 """
 
@@ -72,7 +74,7 @@ def require_torchrec(what: str, instead: str = "") -> None:
 
 
 def choose_table_backend(choice: Literal["auto"] | TableBackend, device: str, ranks: int = 1) -> TableBackend:
-    """Return the table backend for a setting. `auto` takes fbgemm if it is installed.
+    """Return the table backend for a setting. `auto` chooses fbgemm if torchrec is installed.
 
     Args:
         choice: The setting `training.table_backend`.
@@ -99,10 +101,10 @@ def choose_table_backend(choice: Literal["auto"] | TableBackend, device: str, ra
 
 
 class SingleProcessTables(nn.Module):
-    """Tables of a layout with padded columns. They contain zeros until they are filled.
+    """The embedding tables of a layout, with padding columns. They contain zeros until they are filled.
 
-    State names are the same as those of torchrec's collection and its fused optimizer. So a run with
-    `training.table_backend` auto can resume with or without torchrec.
+    Weights and optimizer state have the same names as in torchrec. A run with `training.table_backend` auto can
+    therefore be resumed with or without torchrec.
 
     Attributes:
         embedding_bags: The weights, `embedding_bags.<table>.weight`. They are buffers instead of parameters, because
@@ -124,7 +126,7 @@ class SingleProcessTables(nn.Module):
         self.rate = torch.zeros(())
         self.embedding_bags = nn.ModuleDict()
         self.momentum: dict[str, Tensor] = {}
-        self._inputs = {  # Table name -> numbers of its inputs.
+        self._inputs = {  # Table name -> numbers of the inputs that look up this table.
             name: [number for number, table in enumerate(self._tables) if table.name == name] for name in tables
         }
         for table in tables.values():
@@ -135,7 +137,10 @@ class SingleProcessTables(nn.Module):
         self._graph = torch.zeros(0, requires_grad=True)
 
     def forward(self, ids: KeyedIds) -> PooledEmbeddings | dict[str, Tensor]:
-        """Return sums of each input's embeddings, for `mean_embeddings`. The backward pass updates the tables."""
+        """Return the sum of each input's embeddings, from which `mean_embeddings` computes means.
+
+        The backward pass updates the tables.
+        """
         assert list(ids.keys) == self._names, "a batch has the inputs of its layout, in the same order"
         if not self._names:
             return {}
@@ -144,11 +149,11 @@ class SingleProcessTables(nn.Module):
         return self._keys, self._widths, self.look_up(ids.values, ids.offsets)
 
     def look_up(self, values: Tensor, offsets: Tensor) -> Tensor:
-        """Return the sums of each input's rows. Shape (B, sum of widths).
+        """Return the sum of the table rows of each bag. The backward pass updates the tables.
 
         Args:
-            values: IDs, input by input. Shape (n,).
-            offsets: First index into `values` of each input's rows. Shape (F * B + 1,).
+            values: The n IDs of all bags, input by input. Shape (n,).
+            offsets: Index in `values` at which each bag begins, and n at the end. Shape (F * B + 1,).
 
         Returns:
             The sums. Shape (B, sum of widths).
@@ -159,15 +164,16 @@ class SingleProcessTables(nn.Module):
         return _LookUp.apply(self._graph, self, values, offsets)
 
     def read(self, ids: Tensor, offsets: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Look up rows without an update.
+        """Look up table rows. Unlike `look_up`, this has no backward pass.
 
         Args:
-            ids: IDs, input by input. Shape (n,).
-            offsets: First index into `ids` of each input's rows. Shape (F * B + 1,).
+            ids: The n IDs of all bags, input by input. Shape (n,).
+            offsets: Index in `ids` at which each bag begins, and n at the end. Shape (F * B + 1,).
 
         Returns:
-            The sums, and for `update` the looked-up rows of each table with the index of their bag. Shapes
-            (B, sum of widths), and (m,) for m lookups in a table.
+            The sum of the table rows of each bag, shape (B, sum of the tables' widths). For `update`, also a pair of
+            arrays for each table with m lookups: the looked-up rows, shape (m,), and the index of their bags, shape
+            (m,).
 
         Raises:
             UserError: An ID is no row of its table.
@@ -224,7 +230,7 @@ def _check_rows(tables: Sequence[EmbeddingTable], ids: Tensor, ends: list[int]) 
 
 
 class _LookUp(torch.autograd.Function):
-    """Lookup whose backward pass updates the tables, which have no gradient."""
+    """Lookup in the tables. Its backward pass updates the tables at once, so it returns no gradient for them."""
 
     @staticmethod
     def forward(ctx: Any, graph: Tensor, tables: SingleProcessTables, ids: Tensor, offsets: Tensor) -> Tensor:
@@ -239,7 +245,7 @@ class _LookUp(torch.autograd.Function):
 
 
 class RowWiseAdagrad:
-    """Optimizer interface of `SingleProcessTables`, whose backward pass does the updates.
+    """Optimizer of `SingleProcessTables` for code that needs one. The backward pass does the actual updates.
 
     As in torchrec, a new learning rate in `param_groups` takes effect at the next `zero_grad()` or `step()`.
 
@@ -254,11 +260,11 @@ class RowWiseAdagrad:
         self.param_groups: list[dict[str, Any]] = [{"params": [], "lr": tables.rate.item()}]
 
     def zero_grad(self) -> None:
-        """Apply the learning rate. Tables have no gradient to reset."""
+        """Apply the learning rate of `param_groups`. Tables have no gradient to reset."""
         self.step()
 
     def step(self) -> None:
-        """Apply the learning rate. The backward pass has already updated the tables."""
+        """Apply the learning rate of `param_groups`. The backward pass has already updated the tables."""
         self._tables.rate.fill_(self.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -308,7 +314,10 @@ def copy_cpuinfo_to_fbgemm() -> bool:
 
 
 def _find_copy() -> tuple[int, int, int] | None:
-    """Return addresses of fbgemm's empty and of torch's filled variable, and their bytes, or None if not needed."""
+    """Find the two copies of the variable. Return None if there is only one, or if nothing must be copied.
+
+    Returns the address of the empty copy that fbgemm reads, the address of the filled copy, and their size in bytes.
+    """
     if sys.platform != "linux":
         return None
     folder = Path(torch.__file__).parent / "lib"

@@ -1,7 +1,7 @@
 """A training run, from settings to a registered model. Start with `train_model`.
 
-`open_workspace` opens the log, the features, the checkpoints and the model to start from once, and locks them against
-other processes. `Workspace` holds all of them.
+`open_workspace` opens the log, the features, the checkpoints and the model to start from, and locks them against other
+processes. It yields a `Workspace` with all of them.
 """
 
 import json
@@ -64,15 +64,15 @@ from mmoe_rec.training.validation import Validation, find_undertraining, validat
 
 @dataclass(frozen=True)
 class Workspace:
-    """Everything that a run needs on one rank.
+    """Everything that a run needs on one rank (one of the processes that train together).
 
     Attributes:
         settings: Settings of the run.
         folder: Folder of the run, `data.work_dir`.
-        is_first: Whether this rank writes the results that all ranks share.
+        is_first: Whether this is rank 0, which writes the results of all ranks.
         device: Device of this rank.
         prepared: Features.
-        manifest: Manifest of the features.
+        manifest: Manifest of the features, a description of their files, splits and times.
         layout: Layout of the model on the features.
         provenance: Settings, features and starting model that the run was started with.
         checkpoint: Checkpoint to resume from, or None.
@@ -99,8 +99,8 @@ def train_model(
     Args:
         settings: Settings of the run.
         start: URI of a model to start from. The features must exist and extend that model's features.
-        resume: Whether to resume from the last checkpoint, if there is one. A run that has finished starts again only
-            if the features now reach a later day.
+        resume: Whether to resume from the last checkpoint, if there is one. If the run in the folder has finished, a
+            new run starts only if the features now reach a later day.
         register: Whether to register the model.
 
     Returns:
@@ -151,15 +151,15 @@ def _log_choices(run: Run, trainer: Trainer) -> None:
 
 
 def _log_start(run: Run, workspace: Workspace) -> None:
-    """Log settings, tags and data sets before the first step."""
+    """Log the run's settings, tags and data sets to MLflow before the first step."""
     settings, manifest, start = workspace.settings, workspace.manifest, workspace.provenance.start
     if workspace.is_first:
         say(f"MLflow run: {run.url}")
     sections = {"model", "training", "split", "data", "evaluation", "serving"}
     tags = {"data.digest": manifest["digest"], "features.fingerprint": manifest["fingerprint"]}
-    tags["data.files_left_out"] = len(manifest["skipped"])  # data.json names the files and the reasons
+    tags["data.files_left_out"] = len(manifest["skipped"])  # The artifact data.json names the files and the reasons.
     if start is not None:
-        # The pinned URI is logged too, because an alias such as `champion` will soon point to the new model.
+        # Also log the URI with the version number, because an alias such as `champion` may soon name the new model.
         tags |= {"warm_start": start.uri, "warm_start.model": start.pinned_uri}
         tags |= {"warm_start.run": start.run_id or "unknown", "warm_start.weights": start.weights_checksum}
     run.log_all(
@@ -173,7 +173,7 @@ def _log_start(run: Run, workspace: Workspace) -> None:
 
 
 def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bool) -> FinishedRun:
-    """Write the artifact of the best state, register it, and write the result of the run."""
+    """Write the artifact of the best step's model, register it, and write the result of the run."""
     settings, prepared, layout = workspace.settings, workspace.prepared, workspace.layout
     artifact = workspace.folder / "model"
     model = load_best_network(settings, prepared, result)
@@ -234,7 +234,7 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
 
 
 def load_best_network(settings: Settings, prepared: FeatureFolder, result: TrainingResult) -> RankingModel:
-    """Return the network in the best state of a run.
+    """Return the network with the weights of the best step of a run.
 
     Args:
         settings: Settings of the run.
@@ -250,9 +250,10 @@ def load_best_network(settings: Settings, prepared: FeatureFolder, result: Train
 def validate_served(
     settings: Settings, prepared: FeatureFolder, model: RankingModel, calibration: Calibration
 ) -> Validation:
-    """Validate the served model, with its trees and calibration, on the evaluation rows of the validation split.
+    """Validate the served model, with its trees and calibration, on the evaluation rows.
 
-    Prints a note if too few users have labels. Then all rows of the split are used for selection and for evaluation.
+    Evaluation rows are the rows of one half of the validation users. The other half (selection rows) have selected the
+    model. If too few users have labels, all validation rows are used for both, and a note is printed.
 
     Args:
         settings: Settings of the run.
@@ -270,7 +271,7 @@ def validate_served(
 
 @contextmanager
 def _wait_to_register(run: Run, artifact: Path) -> Iterator[None]:
-    """Send the logs that wait for MLflow before the model is registered.
+    """Send the log messages that still wait for MLflow, and then register the model within the context.
 
     Raises:
         StoppedError: MLflow doesn't answer. The message says how to register the model later.
@@ -293,7 +294,7 @@ def _describe_rows(manifest: Mapping[str, Any]) -> str:
 
 
 def calibrate(settings: Settings, prepared: FeatureFolder, model: RankingModel) -> Calibration:
-    """Fit the calibration of a model on the selection rows, and print the tasks that can't be calibrated.
+    """Fit the calibration of a model on the selection rows. Print a note for tasks that can't be calibrated.
 
     Args:
         settings: Settings of the run.
@@ -304,7 +305,7 @@ def calibrate(settings: Settings, prepared: FeatureFolder, model: RankingModel) 
     if method == "none":
         return UNCALIBRATED
     layout = ModelLayout.of(prepared.layout, settings)
-    # Calibration uses the same weights as training. Without them, it would undo the correction for sampling.
+    # Calibration weights rows as training does. Without weights, it would undo the correction for sampling.
     weighted = settings.training.sampling_correction == "weights"
     rows = EncodedDataset(prepared.split("validation"), layout, weighted=weighted, part=ValidationPart.SELECTION)
     fitted_on = predict_for_calibration(model, layout, rows, settings.evaluation.batch_size)
@@ -315,7 +316,13 @@ def calibrate(settings: Settings, prepared: FeatureFolder, model: RankingModel) 
 
 
 class RunStatus(StrEnum):
-    """How the command treats the run in `data.work_dir`."""
+    """How `train` treats the run in `data.work_dir`.
+
+    Attributes:
+        NEW: There is no run to resume, so a new run starts.
+        RESUMED: The run continues from its last checkpoint.
+        FINISHED: The run has finished, so its result is returned.
+    """
 
     NEW = "new"
     RESUMED = "resumed"
@@ -334,7 +341,7 @@ def open_workspace(
         resume: Whether to resume from the last checkpoint.
 
     Yields:
-        The workspace. If the run has finished before, the finished run on the first rank, and None on other ranks.
+        The workspace. If the run had already finished: the finished run on the first rank, None on other ranks.
 
     Raises:
         UserError: A setting, the log or the URI is wrong, or another process uses the folder.
@@ -343,7 +350,7 @@ def open_workspace(
     folder, prepared = inputs.work, FeatureFolder(inputs.work / "features")
 
     def open_first() -> str:
-        """Decide for all ranks, and lock the files that they use."""
+        """Decide for all ranks whether to start or resume a run, and lock the files that the ranks use."""
         find_objective_metric(settings.evaluation.primary_metric)
         has_features = find_existing_features(inputs) is not None
         for name in ("checkpoints", "model"):
@@ -358,7 +365,7 @@ def open_workspace(
             )
         pinned_uri, run_id = start, None
         if status is RunStatus.NEW and start is not None:
-            # The first rank looks the URI up for all ranks, because an alias may move.
+            # The first rank looks the URI up for all ranks. An alias may move in between, so ranks could differ.
             pinned_uri = registry.pin_model_uri(start, settings.tracking.resolved_uri)
             run_id = registry.find_run_id(pinned_uri, settings.tracking.resolved_uri)
         if status is not RunStatus.FINISHED:
@@ -381,7 +388,7 @@ def open_workspace(
             source = None
             if start is not None:
                 model = registry.fetch_model(pinned_uri, settings.tracking.resolved_uri)
-                about = read_artifact(model)  # also verifies the checksums
+                about = read_artifact(model)  # This also verifies the checksums of the files.
                 weights = WarmStart(model, Model.model_validate(about.model), prepared, layout, settings.model)
                 source = WarmStartSource(start, pinned_uri, checksum(model / "weights.safetensors"), run_id)
             provenance = Provenance(
@@ -396,10 +403,13 @@ def open_workspace(
 
 
 def _decide(settings: Settings, inputs: BuildInputs, start: str | None, has_features: bool) -> RunStatus:
-    """Return whether to resume the run in `data.work_dir`, return its result, or start a run on a later day.
+    """Decide whether to resume the run in `data.work_dir`, return its result, or start a new run.
+
+    If the settings, the features or the starting model have changed, a new run starts only if the features now reach a
+    later day.
 
     Raises:
-        UserError: The run in the folder has other settings, features or starting model.
+        UserError: The settings, features or starting model have changed, and the features don't reach a later day.
     """
     checkpoints = inputs.work / "checkpoints"
     finished, checkpoint = FinishedRun.read(inputs.work), latest_checkpoint(checkpoints)
@@ -413,7 +423,7 @@ def _decide(settings: Settings, inputs: BuildInputs, start: str | None, has_feat
     if not has_features and features != before.features and start is not None:
         raise _needs_features(inputs.work)
     if has_features or (finished is not None and features != before.features):
-        # A run that can be resumed keeps its features even if the log has grown.
+        # An unfinished run keeps its features, even if the log has grown in the meantime.
         features, last_request_us = _feature_version(prepare(inputs, keep_existing=has_features).manifest)
     difference = before.describe_mismatch(fixed_settings(settings), features, start)
     if difference is None and finished is not None:

@@ -20,13 +20,13 @@ _METRICS = {"loss ↓": "loss", "auc ↑": "auc", "calibration → 1": "calibrat
 def validations_table(
     history: Sequence[tuple[int, Validation]], best_step: int, served: Validation, network: Validation | None = None
 ) -> Table:
-    """Build a table with a row for each step and task, and rows of the served model at the end.
+    """Build a table with a row for each validation and task, and rows of the served model at the end.
 
     Args:
-        history: Step and validation of the network alone, in order.
-        best_step: Step whose state was selected.
+        history: Step and result of each validation of the network (without trees), in order.
+        best_step: Step whose weights were selected.
         served: Validation of the served model on the evaluation rows.
-        network: Validation of the network alone on the same rows, if the model has trees.
+        network: Validation of the network without trees on the evaluation rows. None if the model has no trees.
     """
     note = (
         "Rows with a step show the network alone on the selection rows. The last rows show the network alone and the "
@@ -45,7 +45,7 @@ def validations_table(
 
 
 def make_report(trained: FinishedRun, settings: Settings) -> Report:
-    """Build the report: validations, the reason for the selected state, warnings, and the speed.
+    """Build the report: validations, the reason for the selected step, warnings, and the speed.
 
     Args:
         trained: The finished run.
@@ -65,10 +65,10 @@ def make_report(trained: FinishedRun, settings: Settings) -> Report:
     warnings = [f"the model {about.undertraining}"] if about.undertraining else []
     warnings += find_warnings(trained.best, settings.training.calibration)
     sentences += [Sentence(warning, "warning") for warning in warnings]
-    if not settings.model.gates.rule.selects_all:  # unused experts matter only if gates select some experts
+    if not settings.model.gates.rule.selects_all:  # Experts can be unused only if gates select some of them.
         findings = trained.best.experts.findings([task.name for task in about.tasks])
         sentences += [Sentence(finding, "note") for finding in findings]
-    if trained.rows_per_s:  # a resumed run without a remaining step has no speed
+    if trained.rows_per_s:  # The speed is unknown (0) if a resumed run had no step left.
         speed = (
             f"{trained.rows_per_s:,.0f} rows/s in training, {trained.data_wait_fraction:.1%} of the time "
             "spent waiting for data"

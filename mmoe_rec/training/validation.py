@@ -23,7 +23,8 @@ from mmoe_rec.model.utilization import ExpertUtilization, UtilizationAccumulator
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.losses import row_losses
 
-# Logits between -32 and 32 are counted in bins of width 1/256. The AUC is exact except for ties within a bin.
+# The AUC is computed from counts of rows in bins of logits. Bins have a width of 1/256, between -32 and 32. The AUC is
+# exact except that rows in the same bin count as ties.
 BINS_PER_UNIT = 256
 MAX_LOGIT = 32
 BINS = 2 * MAX_LOGIT * BINS_PER_UNIT
@@ -36,10 +37,11 @@ class Validation:
     Attributes:
         loss: Mean loss of each task, keyed by `TaskOutput.loss_label`, in nats (binary) or squared standard deviations
             (regression).
-        auc: AUC of each binary task that has both classes, over the rows of the task's own label.
+        auc: AUC of each binary task that has both classes, over the rows with an observed label of this task.
         experts: How the tasks used the experts.
-        calibration: Predicted / observed positives of each binary task, over the rows of the task's own label.
-        rarer_label_rows: Number of rows with the rarer class of each binary task, without weights.
+        calibration: Predicted number of positives / observed number of positives, for each binary task. Over the same
+            rows as the AUC.
+        rarer_label_rows: Number of rows with the rarer class of each binary task. Rows are not weighted here.
     """
 
     loss: dict[str, float]
@@ -49,10 +51,10 @@ class Validation:
     rarer_label_rows: dict[str, int] = field(default_factory=dict)
 
     def tasks_monitored_by_auc(self, monitor: str) -> list[str]:
-        """Return the tasks whose AUC selects the best model, which need `MIN_RARER_ROWS` rows of both classes.
+        """Return the tasks whose AUC selects the best step. They need at least `MIN_RARER_ROWS` rows of each class.
 
         Args:
-            monitor: The setting `training.monitor`. "loss" gives no tasks.
+            monitor: The setting `training.monitor`. With "loss", the AUC of no task counts.
         """
         return [
             task
@@ -61,14 +63,14 @@ class Validation:
         ]
 
     def objective(self, monitor: str, layout: ModelLayout) -> float:
-        """Return the value that the best model maximizes.
+        """Return the value that is highest for the best step.
 
         Args:
             monitor: The setting `training.monitor`.
             layout: Tasks with their loss weights.
 
         Returns:
-            The mean AUC of `tasks_monitored_by_auc`, or minus the weighted loss if there are no such tasks.
+            The mean AUC of `tasks_monitored_by_auc`. If there are no such tasks, the negative weighted loss.
         """
         if auc_tasks := self.tasks_monitored_by_auc(monitor):
             return sum(self.auc[task] for task in auc_tasks) / len(auc_tasks)
@@ -76,17 +78,17 @@ class Validation:
         return -sum(task.loss_weight * self.loss[task.loss_label] for task in tasks)
 
     def to_metrics(self, section: str = "validation") -> dict[str, float]:
-        """Return losses, AUCs and calibration by metric name, under a `section` of MLflow's charts."""
+        """Return losses, AUCs and calibration by metric name. MLflow groups the charts of metrics by `section`."""
         names = ("loss", "auc", "calibration")
         return {f"{section}/{task}.{name}": value for name in names for task, value in getattr(self, name).items()}
 
 
 class ValidationSums:
-    """Sums of a validation, over this rank's batches until `all_reduce` adds the other ranks' sums.
+    """Sums of a validation. They cover the batches of this rank until `all_reduce` adds the sums of other ranks.
 
     Args:
-        layout: Names and order of the tasks.
-        experts: Whether each task uses each expert. Shape (T, E) bool.
+        layout: Names and order of the T tasks.
+        experts: Whether each task uses each of the E experts. Shape (T, E) bool.
     """
 
     def __init__(self, layout: Layout, experts: Tensor) -> None:
@@ -95,7 +97,7 @@ class ValidationSums:
         self.counts = torch.zeros(tasks, 2, BINS, dtype=torch.float64)
         self.rows = torch.zeros(tasks, 2, dtype=torch.float64)
         self.loss = torch.zeros(tasks, 2, dtype=torch.float64)
-        self.calibration = torch.zeros(tasks, 2, dtype=torch.float64)  # Sums of predictions and of labels.
+        self.calibration = torch.zeros(tasks, 2, dtype=torch.float64)  # Each task's sum of predictions, and of labels.
         self.utilization = UtilizationAccumulator(experts)
 
     def add(self, outputs: Outputs, batch: Batch, counted: Tensor) -> None:
@@ -104,14 +106,14 @@ class ValidationSums:
         Args:
             outputs: Outputs of the model, on any device, with the tasks in the layout's order.
             batch: The batch, in main memory.
-            counted: Whether a row has a label. Shape (B,) bool, on the device of the outputs.
+            counted: Whether each of the B rows has an observed label. Shape (B,) bool, on the device of the outputs.
         """
         self.utilization.add(outputs, counted)
         logits, labels, observed = outputs.logits.cpu(), batch.labels, batch.observed
         losses = row_losses(logits, labels, self.layout.tasks) * batch.observed
         weighted = losses if batch.weights is None else losses * batch.weights[:, None]
         self.loss += torch.stack([weighted.double().sum(0), batch.observed_weights.double()], dim=1)
-        if self.layout.joint_outcomes:  # A task with `conditional_on` counts only rows with a positive condition.
+        if self.layout.joint_outcomes:  # Rows of a task with `conditional_on` count only if that task's label is 1.
             observed = observed.clone()
             for condition, task in self.layout.joint_outcomes.values():
                 observed[:, task] &= labels[:, condition] == 1
@@ -121,7 +123,7 @@ class ValidationSums:
         self.calibration += torch.stack([predicted.sum(0), (weights * labels.double()).sum(0)], dim=1)
 
     def all_reduce(self, device: torch.device) -> None:
-        """Add the sums of all other ranks, through `device`. All ranks must call this together."""
+        """Add the sums of all other ranks, which are sent as tensors on `device`. All ranks must call this together."""
         for total in (self.counts, self.rows, self.loss, self.calibration, self.utilization.sums):
             _all_reduce(total, device)
 
@@ -160,7 +162,7 @@ def validate(
         batches: Batches of this rank, in main memory.
         layout: Names and order of the tasks.
         device: Device of the model.
-        stop: Request to stop, which is checked before every batch.
+        stop: Record of a signal to stop, which is checked before every batch. None never stops.
 
     Returns:
         The validation over all ranks, or None as soon as any rank is asked to stop.
@@ -188,7 +190,7 @@ def validate(
 def validate_on_one_process(
     model: RankingModel, rows: EncodedDataset, layout: ModelLayout, batch_size: int, calibration: Calibration
 ) -> Validation:
-    """Validate a model over `PlainTables` on one process, without a process group.
+    """Validate a model whose tables are `PlainTables`, in one process without a process group.
 
     Args:
         model: Model to validate.
@@ -217,7 +219,10 @@ def validate_on_one_process(
 def _count(
     counts: Tensor, rows: Tensor, logits: Tensor, labels: Tensor, observed: Tensor, weights: Tensor | None
 ) -> None:
-    """Add the rows' weights (B,) to `counts` (T, 2, BINS), and their number to `rows` (T, 2)."""
+    """Count B rows by task, class and bin of the logit.
+
+    Adds the rows' weights, shape (B,), to `counts`, shape (T, 2, BINS). Adds numbers of rows to `rows`, shape (T, 2).
+    """
     bins = ((logits.double() + MAX_LOGIT) * BINS_PER_UNIT).long().clamp(0, BINS - 1)
     for task in range(len(counts)):
         for label in (0, 1):
@@ -238,16 +243,16 @@ def _all_reduce(total: Tensor, device: torch.device) -> None:
 # Sentences about the validations of a run: why a step was chosen, and warnings.
 
 
-MAX_PLAUSIBLE_RATIO = 2.0  # Warn if predictions exceed labels, or labels predictions, by more than this factor.
-_Z_95 = 1.96  # Standard errors of a 95% interval.
+MAX_PLAUSIBLE_RATIO = 2.0  # Warn if the sums of predictions and of labels differ by more than this factor.
+_Z_95 = 1.96  # A 95% interval extends this many standard errors to both sides.
 MIN_STEPS, SHORT_RUN_STEPS = 50, 300
 MAX_LATE_GAIN = 0.005
-"""Fraction of the mean AUC or the loss. The second half of the steps, in which the learning rate falls, may gain this
-much without a warning."""
+"""Fraction of the mean AUC or the loss. If the second half of the steps gains no more than this, there is no warning of
+a short run, because the falling learning rate always brings a small gain."""
 
 
 def explain_choice(best: Validation, step: int, monitor: str) -> list[str]:
-    """Explain why a validation is the best, and which tasks had too few labels to count.
+    """Explain why a step was selected as the best, and which tasks had too few labels to have a say in it.
 
     Args:
         best: The best validation.
@@ -278,12 +283,14 @@ def find_undertraining(
 ) -> str | None:
     """Return a warning if a run seems to have ended too early.
 
-    A run is too short with fewer than `MIN_STEPS` steps, or if its last step is the best and still gained over half of
-    the steps. The gain must exceed the fraction `MAX_LATE_GAIN`, or 0.0001 in runs of fewer than `SHORT_RUN_STEPS`
-    steps. For a run that started from another model, only `MAX_LATE_GAIN` counts.
+    A run is too short if it has fewer than `MIN_STEPS` steps. It is also too short if its last step is the best and the
+    second half of the steps still gained more than the fraction `MAX_LATE_GAIN`. With fewer than `SHORT_RUN_STEPS`
+    steps, a gain of 0.0001 is enough. Runs that started from another model may be short, so only `MAX_LATE_GAIN` counts
+    for them.
 
     Args:
-        history: Step and result of every validation, up to the last step. Step 0 is another model's validation.
+        history: Step and result of every validation, up to the last step. Step 0 exists if the run started from another
+            model, and is the validation of that model.
         best_step: Step of the best validation.
         layout: Tasks with their loss weights.
         settings: Training settings.
@@ -311,7 +318,7 @@ def find_undertraining(
 
 
 def find_warnings(best: Validation, calibration: str) -> list[str]:
-    """Warn of tasks that rank worse than chance or implausibly well, and of probabilities that are far off.
+    """Warn of tasks that rank worse than chance or implausibly well, and of badly calibrated probabilities.
 
     Args:
         best: Validation of the served model.
@@ -334,7 +341,8 @@ def find_warnings(best: Validation, calibration: str) -> list[str]:
         elif auc > SUSPICIOUS_AUC and rows >= MIN_RARER_ROWS:
             problems.append(f"the validation AUC of '{task}' is {auc:.4f}, {SUSPICIOUS_AUC_ADVICE}")
     for task, ratio in best.calibration.items():
-        # Warn if the ratio exceeds the limit and its 95% interval, from the rows of the rarer label, excludes 1.
+        # Warn if the ratio of predictions and labels exceeds the limit and its 95% interval excludes 1. The standard
+        # error follows from the number of rows with the rarer label.
         log_ratio = abs(math.log(ratio)) if ratio > 0 else math.inf
         error = _Z_95 / math.sqrt(max(best.rarer_label_rows.get(task, 0), 1))
         if log_ratio > max(math.log(MAX_PLAUSIBLE_RATIO), error):
