@@ -2,9 +2,9 @@
 
 The activation unit of the Deep Interest Network (Zhou et al., KDD 2018) reads an event, the candidate and their
 product. It uses no softmax, so that two events count more than one. In the paper, the unit weights the event's vector
-in a sum. Here, the hidden layers of all events are summed and then mapped to the history's width. An event thus adds
-not only a weight but also a meaning for the candidate. The sum is added to the mean of the events' vectors. Before
-training, the sum is 0.
+in a sum. Here, the hidden layers of all events are summed, and the sum is mapped to the history's width. An event can
+thus add a different vector for each candidate, not only a different weight. The result is added to the mean of the
+events' vectors. Before training, the result is 0, so training starts from the mean.
 
 Shapes: E events, N candidates, P pairs of event and candidate, W width of an event's inputs, C width of the inputs that
 candidates have too, U hidden units.
@@ -25,7 +25,7 @@ _PAIRS = 65_536  # Pairs per step without gradients, to limit memory.
 
 
 class TargetAttention(nn.Module):
-    """Attention pool of one history, with outputs as wide as the history."""
+    """Attention to the events of one history. The output is as wide as the embedding of the history."""
 
     def __init__(self, shared: Sequence[int], own: Sequence[int], outputs: int, length: int) -> None:
         """Create the layers.
@@ -47,7 +47,7 @@ class TargetAttention(nn.Module):
         nn.init.zeros_(self.output.weight)
 
     def encode_events(self, vectors: Tensor, later: Tensor) -> Tensor:
-        """Encode the part that doesn't depend on candidates.
+        """Compute the part of the hidden layer that doesn't depend on candidates.
 
         Args:
             vectors: (E, W) float32.
@@ -76,7 +76,7 @@ class TargetAttention(nn.Module):
             candidates: (N, C).
             rows: (P,) int64, the candidate of each pair.
             same: (P, number of `shared`) float32, see `AttentionEvents`.
-            events: (P,) int64, the event of each pair, None if pairs are events.
+            events: (P,) int64, the event of each pair. None if pair i belongs to event i, so that P = E.
         """
         queries = self.candidate(candidates)
         total = encoded.new_zeros(len(candidates), HIDDEN_UNITS)
@@ -94,7 +94,10 @@ class TargetAttention(nn.Module):
 
 
 class HistoryAttention(nn.ModuleDict):
-    """Attention pools of all histories, by name, which add to the inputs that contain their means."""
+    """A `TargetAttention` for each history by name. Its output is added to the input columns with the history's mean.
+
+    Here, W is the width of a candidate's inputs, as in `RankingModel.concat_inputs`.
+    """
 
     def __init__(self, layout: ModelLayout) -> None:
         super().__init__()
@@ -112,7 +115,7 @@ class HistoryAttention(nn.ModuleDict):
             self._columns[history.history] = columns[history.history], [columns[name] for name in partners]
 
     def forward(self, inputs: Tensor, events: AttentionEvents, vectors: Sequence[Tensor]) -> Tensor:
-        """Add the events of each row to its inputs.
+        """Add the attention to the events of all histories to the inputs.
 
         Args:
             inputs: (N, W).
@@ -139,7 +142,7 @@ class HistoryAttention(nn.ModuleDict):
         same: Tensor,
         events: Tensor | None = None,
     ) -> Tensor:
-        """Add the events of one history to the inputs of N candidates.
+        """Add the attention to the events of one history to the inputs of N candidates.
 
         Args:
             name: Name of the history.

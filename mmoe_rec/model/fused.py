@@ -1,9 +1,9 @@
 """Dense part for inference, with fixed weights and all experts on all rows, in a few large operators.
 
-`mmoe_rec.model.mmoe` computes the same for training, and for requests that restrict experts. It uses a module for each
-layer and a product for each expert, so that for five rows most of the time goes to calling a hundred operators. The
-operators here take a third of the time for five rows, and 90% for five hundred rows. Most models can use them, see
-`build_fused_forward`.
+`mmoe_rec.model.mmoe` computes the same for training, and for requests that restrict experts. It has a module for each
+layer and a product for each expert. For five rows, most of its time goes to calling a hundred operators. The function
+that this module builds takes a third of that time for five rows, and 90% for five hundred rows. It supports most
+models, see `build_fused_forward`.
 """
 
 from collections.abc import Callable
@@ -22,24 +22,28 @@ from mmoe_rec.model.routing import Soft
 Weights = tuple[Tensor, Tensor | None]
 """Weight and bias of a linear layer, (outputs, inputs) and (outputs,).
 
-Of G layers, the shapes are (G, inputs, outputs) and (G, 1, outputs).
+For G layers together, the shapes are (G, inputs, outputs) and (G, 1, outputs).
 """
-# Number of random rows to compare, and the accepted difference as a fraction of the largest logit.
+# Number of random rows that `check_fused_forward` compares, and accepted difference as a fraction of the largest logit.
 _ROWS, _TOLERANCE = 16, 1e-4
 
 
 def build_fused_forward(mixture: Mixture, matmul_backend: MatmulBackend) -> Callable[[Tensor], Tensor] | None:
-    """Return a function from inputs (B, W) to logits (B, T) float32, with the current weights.
+    """Return a function from inputs (B, W) to logits (B, T) float32, with the model's current weights.
 
-    It supports one level of experts, in which each gate mixes all experts that it may use.
+    The function supports models with one level of experts, if each gate mixes all experts that it may use.
 
     Args:
         mixture: Dense part of a model.
         matmul_backend: Library of the matrix products.
 
     Returns:
-        The function. None for several levels, gates that choose experts or have none in use, experts that read raw
-        inputs, or experts that are still ramping up.
+        The function. None if the model has one of these properties:
+
+        - There are several levels.
+        - Gates choose experts, or a gate has no expert in use.
+        - Experts read raw inputs.
+        - An added expert isn't in full use yet (`Gates.ramp`).
     """
     level, *further_levels = mixture.expert_levels()
     gates, (experts, *groups) = level.gates, level.expert_groups()
@@ -97,10 +101,10 @@ def build_fused_forward(mixture: Mixture, matmul_backend: MatmulBackend) -> Call
 
 
 def check_fused_forward(model: RankingModel) -> None:
-    """Raise UserError if the fused pass returns other logits than the model's own forward pass.
+    """Raise UserError if the fused function returns other logits than the model's own forward pass.
 
-    An added type of expert, gate or tower may do something that `build_fused_forward` doesn't support. If float32
-    results differ, float64 decides, since a processor may round products of float32 to bf16.
+    A new type of expert, gate or tower may do something that `build_fused_forward` doesn't support. If results differ
+    in float32, the comparison is repeated in float64, because a processor may round float32 products to bf16.
     """
     inputs = torch.randn(_ROWS, model.width, generator=torch.Generator().manual_seed(0))
     difference = _find_difference(model.mixture, inputs)
@@ -116,10 +120,10 @@ def check_fused_forward(model: RankingModel) -> None:
 
 
 def _find_difference(mixture: Mixture, inputs: Tensor) -> float:
-    """Return the largest difference between the logits of both passes, as a fraction of the largest logit."""
+    """Return the largest difference between fused and plain logits, as a fraction of the largest plain logit."""
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         plain, fused = mixture(inputs, None).logits, build_fused_forward(mixture, "blas")
-        finite = plain.isfinite().all(1)  # Scoring rejects rows that aren't finite.
+        finite = plain.isfinite().all(1)  # Rows with other logits needn't agree, since scoring rejects them.
         if fused is None or not finite.any():
             return 0.0
         difference = (fused(inputs) - plain)[finite].abs().max() / plain[finite].abs().max().clamp(min=1e-6)
@@ -127,7 +131,7 @@ def _find_difference(mixture: Mixture, inputs: Tensor) -> float:
 
 
 def _batched_linear(x: Tensor, weights: Weights) -> Tensor:
-    """Apply G layers, (G, B, I) -> (G, B, O). One input (1, B, I) can serve all groups."""
+    """Apply G layers with I inputs and O outputs, (G, B, I) -> (G, B, O). All layers can share one input (1, B, I)."""
     weight, bias = weights
     assert bias is not None
     return torch.baddbmm(bias, x.expand(len(weight), -1, -1), weight)
@@ -139,7 +143,7 @@ def _weights(layer: nn.Module) -> Weights:
 
 
 def _concatenated(layer: nn.Module) -> Weights:
-    """Return the weights of groups with the same input as one layer."""
+    """Return the weights of G layers that read the same input, as one layer."""
     assert isinstance(layer, StackedLinear)
     return layer.weight.detach().flatten(0, 1), layer.bias.detach().flatten()
 

@@ -1,9 +1,12 @@
-"""Levels of experts and gates. One level is MMoE or CGC, and stacked levels are PLE (Tang et al., RecSys 2020).
+"""Levels of experts and gates.
+
+One level is MMoE, or CGC if tasks have experts of their own. Stacked levels are PLE (Tang et al., RecSys 2020).
 
 Experts shared by all tasks come first, then the experts of the first task, and so on. A task's gate sees the shared
 experts and the task's own experts. All levels except the last have one more gate, the shared gate, which sees all
-experts. The shared gate's mix is the input of the next level's shared experts. The mix of a task's gate is the input of
-the task's own experts and gate.
+experts. A gate's mix is the weighted sum of its experts' outputs. In the next level, the mix of the shared gate is the
+input of the shared experts and the shared gate. The mix of a task's gate is the input of the task's own experts and
+gate.
 
 Shapes: B rows, T tasks, G gates (T, and the shared gate), E experts, R routers (G or one), H width of an input, U width
 of an expert's output.
@@ -24,14 +27,15 @@ from mmoe_rec.model.matmul import GROUPED_MM_ALIGNMENT, Dispatch, StackedLinear,
 from mmoe_rec.model.routing import GateOutput, Routing, get_rule, masked_softmax, select_top_k
 from mmoe_rec.settings import model as section
 
-# Grouped products are faster if rows use at most this fraction of the experts, or if an expert has at least this many
-# weights (measured, see tests/benchmarks/LOG.md).
+# On a CPU, each expert runs only on its own rows (`grouped`) if rows use at most this fraction of the experts, or if an
+# expert has at least this many weights. This is then faster than to run all experts on all rows (measured, see
+# tests/benchmarks/LOG.md).
 GROUPED_MAX_FRACTION = 0.75
 GROUPED_MIN_WEIGHTS = 100_000
-# On a GPU, grouped products run if a row uses at most this fraction of the experts. The value follows from the number
-# of operations and isn't measured, see tests/benchmarks/gpu.py.
+# On a GPU, each expert runs only on its own rows if a row uses at most this fraction of the experts. The value follows
+# from the number of operations and isn't measured, see tests/benchmarks/gpu.py.
 GROUPED_MAX_FRACTION_GPU = 0.5
-# An added expert's logits start this far below their own value, then rise to it.
+# The gate logits of an added expert start this far below their own value. During training, they rise to it (ramp).
 RAMP_LOGIT_OFFSET = 10.0
 
 
@@ -66,7 +70,8 @@ class Level(nn.Module):
         else:
             visible = torch.ones(1, shared, dtype=torch.bool)
         self.gates = Gates(inputs, visible, model.gates)
-        # Number of routers that may choose a group's experts. A task's experts are visible to two gates at most.
+        # Number of routers that may choose a group's experts. Only the task's gate and the shared gate see the experts
+        # of a task.
         routers = len(visible) if self.gates.route is None else 1
         self.readers = [routers if self.first or task == tasks else 2 - last for task, size in groups if size]
 
@@ -91,7 +96,7 @@ class Level(nn.Module):
         # The last level has no shared gate, so the shared input is unused.
         inputs = gate_inputs[0] if self.first else gate_inputs[: len(self.gates.visible)]
         routing: Routing = self.gates(inputs, top_k, usable)  # Weights are (B, G, E).
-        # If some experts must not run at all, run each expert only on its own rows.
+        # Excluded experts must not run at all, because they may be broken. Run each expert only on its own rows.
         force_grouped = usable is not None
         used = (routing.weights > 0).any(1) if force_grouped else routing.used()  # (B, E), None for all experts.
         mixed: list[Tensor] = []
@@ -134,19 +139,20 @@ def visible_experts(tasks: int, shared: int, own: int, shared_gate: bool) -> Ten
 
 
 class Gates(nn.Module):
-    """G gates over E experts in one product. `settings.routing` names the rule that chooses experts.
+    """G gates over E experts, computed in one matrix product. `settings.routing` names the rule that chooses experts.
 
-    Logits are computed in fp32 at any precision of the experts (Fedus et al., section 2.4), on a GPU without TF32, as
-    in serving. In bf16, one row in a hundred would train other experts than the experts that serve it.
+    Logits are always computed in fp32, even if experts use bf16 (Fedus et al., section 2.4). GPUs don't use TF32 here.
+    Serving computes in fp32 too, so it chooses the same experts. If training computed logits in bf16, one row in a
+    hundred would train other experts than the experts that serve it.
 
     Attributes:
-        linear: Weights (G, E, H).
-        route: Weights (1, E, H) of a rule with one router, else None.
+        linear: Layer from inputs to the logits of all gates, with weights (G, E, H).
+        route: Layer to the logits of the one router, with weights (1, E, H). None if each gate is a router.
         visible: (G, E) bool, the experts that a gate may ever use.
-        masked: (E,) bool, experts out of use.
+        masked: (E,) bool, the experts that `mmoe_rec.model.warm_start.mask_expert` took out of use.
         ramp: (E,) float32, from 1 for an added expert that isn't used yet to 0 for full use.
-        selection_bias: (E,) float32, added to the logits that choose experts but not to the logits of weights
-            (loss-free balancing, Wang et al., 2024).
+        selection_bias: (E,) float32. It changes which experts are chosen, but not their weights (loss-free balancing,
+            Wang et al., 2024).
     """
 
     def __init__(self, inputs: int, visible: Tensor, settings: section.Gates) -> None:
@@ -217,7 +223,7 @@ class Gates(nn.Module):
     def _probabilities(self, logits: Tensor, allowed: Tensor) -> Tensor:
         """Return the softmax (B, R, E) over the allowed experts, with noise and dropout in training.
 
-        Gate dropout removes experts of a gate (Zhao et al., RecSys 2019).
+        Dropout hides random experts from a gate (Zhao et al., RecSys 2019).
         """
         if self.training and self.settings.noise > 0:
             noise = torch.erfinv(2 * draw_uniform(logits.shape, logits.device) - 1) * math.sqrt(
@@ -229,9 +235,13 @@ class Gates(nn.Module):
         return masked_softmax(logits, allowed)
 
     def experts_per_row(self, requested: int | None = None) -> int | None:
-        """Return the experts per row and router, None if the rule takes no k.
+        """Return the number of experts per row and router, None if the rule takes no k.
 
-        Outside training, `requested` overrides the settings.
+        Args:
+            requested: Number that overrides the settings outside training.
+
+        Raises:
+            ValueError: Outside training, the rule depends on the batch and no k is given.
         """
         if not self.training:
             k = self.settings.serving_top_k if requested is None else requested
@@ -246,18 +256,19 @@ class Gates(nn.Module):
         return self.settings.top_k
 
     def _renormalizes(self, k: int | None) -> bool:
-        """Return whether the weights of k chosen experts are divided by their sum."""
+        """Return whether the weights of k chosen experts are divided by their sum, see `mmoe_rec.model.routing`."""
         return not self.rule.takes_k or (self.settings.top_k > 1 and (k != 1 or not self.settings.random_top_k))
 
     @torch.no_grad()
     def update_selection_bias(self, loads: Tensor, rate: float) -> None:
-        """Move each expert's selection bias towards an even load.
+        """Raise the selection bias of experts with a low load, and lower the bias of experts with a high load.
 
-        Masked and ramping experts keep their bias, which would otherwise work against mask and ramp.
+        Masked and ramping experts keep their bias. Their load is low on purpose, and a rising bias would counteract
+        that.
 
         Args:
             loads: (E,) loads of a step, over all ranks.
-            rate: Size of the change.
+            rate: Change of a bias.
         """
         settled = ~self.masked & (self.ramp <= 0)
         mean = torch.where(settled, loads, 0).sum() / settled.sum()
@@ -282,12 +293,18 @@ def restrict_unless_empty(keep: Tensor, allowed: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """E small networks of equal shape on one hidden vector (Ma et al., KDD 2018).
+    """E small networks of equal shape that read the same input (Ma et al., KDD 2018).
 
-    Each linear layer is followed by the activation. With `normalize`, outputs get mean 0 and variance 1, since HoME
-    (Kuaishou, 2024) found experts of different scales. `compute` runs all experts on all rows in few large products
-    (`dense`), each expert on its own rows (`grouped`), or the faster of both for the fraction of experts in use
-    (`auto`).
+    Each linear layer is followed by the activation.
+
+    Attributes:
+        count: Number of experts E.
+        activate: Activation.
+        normalize: Whether an expert's output for a row is scaled to mean 0 and variance 1. Without it, experts' outputs
+            may differ in scale (HoME, Kuaishou, 2024).
+        compute: Way to run experts. `dense` runs all experts on all rows, in few large products. `grouped` runs each
+            expert only on its own rows. `auto` takes the one that is faster for the fraction of experts in use.
+        weights_per_expert: Number of weights of an expert, without biases.
     """
 
     def __init__(self, count: int, inputs: int, settings: section.Experts) -> None:
@@ -347,16 +364,16 @@ class Experts(nn.Module):
             weights: (B, G, E) float32.
             used: (B, E) bool, the experts that some gate uses for a row, None for all experts.
             force_grouped: Whether to run an expert only on its own rows, regardless of `compute`.
-            max_per_row: Maximum number of experts that a row uses, None if unavailable.
+            max_per_row: Maximum number of experts that a row may use, None if the routing rule sets no maximum.
         """
         if used is None or not (force_grouped or self.uses_grouped(cast_for_matmul(hidden), used, max_per_row)):
             experts = self(hidden)
             return torch.bmm(weights.to(experts.dtype), experts)
         hidden = cast_for_matmul(hidden)
         # In half precision, oneDNN prepares a product for each new number of rows, which takes as long as a product
-        # of several hundred rows. Whole blocks of rows limit the different numbers.
+        # of several hundred rows. Rounding numbers of rows up to whole blocks makes new numbers rare.
         block = GROUPED_MM_ALIGNMENT if used.is_cuda else 2 * GROUPED_MM_ALIGNMENT if hidden.dtype.itemsize == 2 else 1
-        # With `max_per_row`, every expert gets at least one row. An expert that may be broken must get none.
+        # With `max_per_row`, every expert runs on at least one row. An excluded expert must run on none.
         dispatch = Dispatch.of(used, block, max_per_row if used.is_cuda and not force_grouped else None)
         return dispatch.combine(self.run(hidden, dispatch), weights)
 
@@ -365,7 +382,7 @@ class Experts(nn.Module):
 
         Args:
             hidden: (B, H).
-            used: (B, E) bool, the experts in use.
+            used: (B, E) bool, the experts that some gate uses for a row.
             max_per_row: As in `mix`.
         """
         if self.compute == "dense" or (used.is_cuda and not (max_per_row is not None and supports_grouped_mm(hidden))):

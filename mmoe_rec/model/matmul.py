@@ -1,11 +1,14 @@
-"""Matrix products of layers: the library to use, products of many small layers, and products of routed rows.
+"""Matrix products of layers.
 
-The file has three parts: linear layers that can use oneDNN for fp32, G layers of one shape stored as one weight, and
-products of each expert with its own rows (`Dispatch`).
+The file has three parts:
 
-On a CPU, torch uses its BLAS library for fp32 products, and oneDNN only for half precision. Its packages for x86
-contain Intel's MKL, which takes twice as long as oneDNN on some processors of other vendors. The operator that calls
-oneDNN is the operator that torch's compiler uses for linear layers. Results differ only by rounding.
+- `Linear` can use oneDNN for fp32.
+- `StackedLinear` stores G layers of equal shape as one weight.
+- `Dispatch` multiplies each expert's weights with the expert's own rows only.
+
+On a CPU, torch uses its BLAS library for fp32 products, and oneDNN only for half precision. Torch's packages for x86
+contain Intel's MKL as BLAS library. MKL takes twice as long as oneDNN on some processors of other vendors. This module
+calls oneDNN with the operator that torch's compiler uses for linear layers. Results differ only by rounding.
 """
 
 import math
@@ -33,7 +36,7 @@ class Linear(nn.Linear):
 
         Args:
             input: (B, inputs).
-            data: (B, D), the last D inputs, which get no gradient.
+            data: (B, D), further inputs that get no gradient. They follow the columns of `input`.
         """
         return linear(input, self.weight, self.bias, self.matmul_backend, data)
 
@@ -54,7 +57,7 @@ def set_matmul_backend(model: nn.Module, matmul_backend: MatmulBackend) -> None:
 def has_onednn() -> bool:
     """Return whether this build of torch supports oneDNN in fp32.
 
-    Some settings of torch and oneDNN round to bf16 or TF32 on some processors.
+    The result is False if oneDNN rounds to bf16 or TF32, which some settings allow on some processors.
     """
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(64, 256, generator=generator), torch.randn(256, 64, generator=generator)
@@ -62,7 +65,7 @@ def has_onednn() -> bool:
         product = onednn_linear(left, right).double()
     except (AttributeError, RuntimeError):  # The operator is missing or has another signature.
         return False
-    # The outputs are about 16. The error is about 1e-5 in fp32 and 1e-2 in TF32.
+    # The outputs have a standard deviation of 16. The error is about 1e-5 in fp32 and 1e-2 in TF32.
     return bool((product - left.double() @ right.double()).abs().max() < 5e-4)
 
 
@@ -91,7 +94,7 @@ def choose_matmul_backend(choice: Literal["auto"] | MatmulBackend, device: str) 
 
 
 def choose_serving_backend(choice: str) -> MatmulBackend:
-    """Return the library for the setting `serving.matmul_backend`. Without oneDNN on this machine, it is BLAS."""
+    """Return the library for the setting `serving.matmul_backend`. Without oneDNN on this machine, it is `blas`."""
     return "onednn" if choice != "blas" and has_onednn() else "blas"
 
 
@@ -106,7 +109,7 @@ def onednn_linear(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Te
     Returns:
         (m, n).
     """
-    # For some matrices with gaps, oneDNN uses a loop that takes a thousand times as long.
+    # Copy matrices whose rows or columns have gaps in memory. For some, oneDNN would take a thousand times as long.
     left, right = (
         matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
         for matrix in (left, right)
@@ -115,7 +118,7 @@ def onednn_linear(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Te
 
 
 def cast_for_matmul(tensor: Tensor) -> Tensor:
-    """Cast a tensor to autocast's precision if autocast is on, once for several products."""
+    """Cast a tensor to autocast's precision if autocast is on. Several products can then share the result."""
     device = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
@@ -123,14 +126,14 @@ def cast_for_matmul(tensor: Tensor) -> Tensor:
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, matmul_backend: MatmulBackend, data: Tensor | None = None
 ) -> Tensor:
-    """Apply `functional.linear` with the given library, (B, I) -> (B, O).
+    """Apply a linear layer of I inputs and O outputs with the given library, (B, I) -> (B, O).
 
     Args:
-        x: (B, I), or (B, I - D) with `data`.
+        x: (B, I), or the first inputs (B, I - D) if `data` has the last D.
         weight: (O, I).
         bias: (O,).
         matmul_backend: Library.
-        data: (B, D), the last D inputs, which get no gradient.
+        data: (B, D), the last D inputs, if they need no gradient.
     """
     if data is None and (matmul_backend == "blas" or not _can_use_onednn(cast_for_matmul(x))):
         return functional.linear(cast_for_matmul(x), weight, bias)
@@ -144,9 +147,9 @@ def _can_use_onednn(x: Tensor) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """Linear layer without a gradient for the data among its inputs.
+    """Linear layer of the inputs `x` and `data`, without a gradient for `data`.
 
-    Weights of higher precision than the rows are cast, and so are their gradients.
+    Weights are cast to the type of `x`. Their gradients are cast back to the type of the weights.
     """
 
     @staticmethod
@@ -171,7 +174,8 @@ class _Linear(torch.autograd.Function):
         multiply = onednn_linear if ctx.onednn else torch.mm
         weight_gradient = None
         if needs_weight and ctx.onednn and gradient.shape[1] > inputs.shape[1]:
-            # oneDNN takes up to twice as long if the result has more rows than columns.
+            # Compute the transposed product, because oneDNN takes up to twice as long if the result has more rows than
+            # columns.
             weight_gradient = onednn_linear(inputs.t(), gradient).t().contiguous()
         elif needs_weight:
             weight_gradient = multiply(gradient.t(), inputs).to(ctx.dtype)
@@ -182,8 +186,12 @@ class _Linear(torch.autograd.Function):
 class StackedLinear(nn.Module):
     """G independent linear layers of equal shape, initialized like `nn.Linear`.
 
-    Shared inputs use one large product. Separate inputs use one product per group, which is faster than a strided
-    batched product on a CPU. The state is weight (G, outputs, inputs) and bias (G, outputs).
+    If all layers read the same input, they are computed in one large product (`shared`). Otherwise each layer has its
+    own product, which is faster than a strided batched product on a CPU.
+
+    Attributes:
+        weight: (G, outputs, inputs).
+        bias: (G, outputs).
     """
 
     matmul_backend: MatmulBackend = "blas"
@@ -204,35 +212,38 @@ class StackedLinear(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply each group to its own input, (B, G, inputs) -> (B, G, outputs)."""
+        """Apply each layer to its own input, (B, G, inputs) -> (B, G, outputs)."""
         groups = zip(cast_for_matmul(x).unbind(1), self.weight.unbind(), self.bias.unbind(), strict=True)
         outputs = [_Linear.apply(rows, None, weight, bias, self.matmul_backend) for rows, weight, bias in groups]
         return torch.stack(outputs, dim=1)
 
     def shared(self, x: Tensor) -> Tensor:
-        """Apply all groups to one input, (B, inputs) -> (B, G * outputs), group-major."""
+        """Apply all layers to one input, (B, inputs) -> (B, G * outputs), with the outputs of layer 0 first."""
         return linear(x, self.weight.flatten(0, 1), self.bias.flatten(), self.matmul_backend)
 
 
-# Sparse compute runs each expert only on the rows sent to it, with all experts in one product.
+# Sparse compute runs each expert only on the rows sent to it, with all experts in one product. The rows are copied to
+# slots: each slot holds one row for one expert.
 #
-# On a GPU, the host must not wait for the number of rows of an expert. A router gives a row at most k experts, so B
-# rows need at most B x K slots. The end of each expert's slots stays on the device. Empty slots are computed on some
-# row and never read. `functional.embedding` gathers rows, since its backward pass adds in a fixed order without atomic
-# additions, and a step is reproducible bit by bit.
+# On a GPU, the host must not wait for the device to count the rows of an expert. A row uses at most K experts, so B
+# rows need at most B x K slots, and the host reserves this number. Only the device knows where each expert's slots end.
+# Slots that no row needs are computed on some row, and their results are never read.
 #
-# Shapes: B rows, E experts, K maximum number of experts per row, S slots, I and O widths of a layer.
+# `functional.embedding` copies rows to slots. Its backward pass adds gradients in a fixed order without atomic
+# additions, so a step is reproducible bit by bit.
+#
+# Shapes: B rows, E experts, K maximum number of experts per row, S slots, I and O input and output width of a layer.
 
 
-# Multiple of columns whose numbers in half precision take 16 bytes, which `grouped_mm` requires.
+# `grouped_mm` needs rows of whole 16-byte blocks, which are 8 numbers in half precision.
 GROUPED_MM_ALIGNMENT = 8
 
 
 def supports_grouped_mm(x: Tensor) -> bool:
     """Return whether a GPU multiplies rows by their experts' weights in one product.
 
-    The product needs bf16 and Nvidia's compute capability 9 or 10. On other GPUs, torch reads the numbers of rows back
-    to the host and loops over experts.
+    The product needs bf16 and Nvidia's compute capability 9 or 10. On other GPUs, torch copies each expert's number of
+    rows to the host, which must wait for it, and loops over experts.
     """
     return x.dtype == torch.bfloat16 and _capability(x.device)[0] in (9, 10)
 
@@ -249,9 +260,9 @@ class Dispatch:
     Attributes:
         sizes: (E,) int64, number of slots of each expert.
         rows: (S,) int64, row of each slot.
-        slots: (B, K) int64, slots of the up to K results of a row.
-        experts: (B, K) int64, experts of these results.
-        filled: (B, K) bool, False for missing results of a row with fewer experts.
+        slots: (B, K) int64, for each row the slots with the results of its experts.
+        experts: (B, K) int64, the experts that computed these results.
+        filled: (B, K) bool, whether there is a result. A row with fewer than K experts has fewer results.
     """
 
     sizes: Tensor
@@ -267,7 +278,7 @@ class Dispatch:
         Args:
             used: (B, E) bool.
             block: Each expert gets a multiple of this number of slots.
-            max_per_row: Maximum number of experts per row. If given, no number is read from the device.
+            max_per_row: Maximum number of experts per row. If given, the host doesn't wait for the device.
         """
         rows, count = used.shape
         if max_per_row is None:
@@ -275,8 +286,8 @@ class Dispatch:
             sizes = (used.sum(0) + block - 1) // block * block
             starts, total = sizes.cumsum(0) - sizes, int(sizes.sum())
         else:
-            # GPU kernels treat a product over no rows differently, so each expert gets an extra slot. The last expert
-            # takes all remaining slots, so that none is undefined.
+            # GPU kernels treat a product over no rows differently, so each expert gets at least one slot. The last
+            # expert also gets the remaining slots, so that every slot has a result.
             max_per_row = min(max_per_row, count)
             sizes = (used.sum(0) // block + 1) * block
             starts, total = sizes.cumsum(0) - sizes, (-(-rows * max_per_row // block) + count) * block
@@ -290,7 +301,8 @@ class Dispatch:
             max_per_row, output_size=rows * max_per_row
         )
         rows_of_slots = slots.new_zeros(total + 1).scatter_(0, slots.flatten(), row_indices)[:total]
-        # A missing result counts times 0, which is NaN if the result is. Repeat one of the row's own results.
+        # `combine` multiplies missing results by 0. This would give NaN if another row's result were NaN, so missing
+        # results point to the row's own first result.
         slots = torch.where(filled, slots, torch.where(filled[:, :1], slots[:, :1], 0))
         return Dispatch(sizes, rows_of_slots, slots, experts, filled)
 
@@ -308,7 +320,8 @@ class Dispatch:
             (S, O).
         """
         outputs, inputs = weight.shape[1:]
-        # A column of ones multiplies the bias. Columns of zeros fill the last block.
+        # The bias becomes a column of the weights, which multiplies a column of ones. Columns of zeros follow up to a
+        # multiple of the alignment.
         padding = functional.pad(x.new_ones(1), (0, -(inputs + 1) % GROUPED_MM_ALIGNMENT))
         rows = torch.cat([x, padding.expand(len(x), -1)], dim=1)
         columns = functional.pad(

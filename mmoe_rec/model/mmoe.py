@@ -1,12 +1,19 @@
-"""Ranking model with tables, a shared bottom, experts, a gate and a tower for each task, and a placement tower.
+"""Ranking model with embedding tables, a shared bottom, experts, gates, towers and a placement tower.
 
 The model is a multi-gate mixture-of-experts (Ma et al., KDD 2018) arranged like YouTube's ranking system (Zhao et al.,
-RecSys 2019). Experts and gates read a shared hidden layer instead of the wide input. A shared bottom is one expert,
-OMoE is one gate for all tasks, CGC adds experts of single tasks, and PLE stacks several levels. Read the forward pass
-from top to bottom here, then in `levels` and in `routing`.
+RecSys 2019). Each task has a gate, which weights the experts, and a tower, which computes the task's logit. Experts and
+gates read a shared hidden layer instead of the wide input. Read the forward pass from top to bottom here, then in
+`levels` and in `routing`.
 
-Shapes: B rows, W width of all inputs, D dense inputs, H hidden width, G gates, U expert width, P placement width, T
-tasks.
+The settings also allow related architectures:
+
+- Shared bottom: one expert.
+- OMoE: one gate for all tasks.
+- CGC: additional experts for single tasks.
+- PLE: several levels of experts.
+
+Shapes: B rows, W width of all inputs, D dense inputs, H hidden width, G gates, E experts, U expert width, P placement
+width, T tasks.
 
 The concatenated inputs are not normalized. Dense inputs arrive standardized, and embeddings start small, so that an
 unseen ID adds almost nothing. A LayerNorm over the inputs would let one outlier rescale all other inputs.
@@ -37,10 +44,12 @@ torch.fx.wrap("pool_histories")
 
 
 class Outputs(NamedTuple):
-    """Logits (B, T) float32 of B rows, and the routing of each level of experts from first to last.
+    """Outputs of the model for B rows.
 
-    Logits of a `RankingModel` with a regression are float64. In the label's own unit, steps of float32 may be wider
-    than the labels' standard deviation.
+    Attributes:
+        logits: (B, T) float32. If a task is a regression, a `RankingModel` returns float64, because float32 may be too
+            coarse for large labels with a small standard deviation.
+        routings: Routing of each level of experts, from first to last.
     """
 
     logits: Tensor
@@ -50,8 +59,10 @@ class Outputs(NamedTuple):
 class RankingModel(nn.Module):
     """Model that returns the logits of all tasks for a batch. A regression's logit is its prediction.
 
-    The state has the keys `tables.embedding_bags.<table>.weight` and `mixture.*`. `trees` are boosted trees next to the
-    mixture, None until they are trained.
+    The state has the keys `tables.embedding_bags.<table>.weight` and `mixture.*`.
+
+    Attributes:
+        trees: Boosted trees whose logits are blended with the logits of the mixture. None until they are trained.
     """
 
     trees: Trees | None = None
@@ -104,9 +115,10 @@ class RankingModel(nn.Module):
         return self.forward_inputs(inputs, placement, top_k, usable, events)
 
     def concat_inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the inputs (B, W) float32 and the placement (B, P) of a batch.
+        """Return the inputs (B, W) float32 and the placement inputs (B, P) of a batch.
 
-        Embeddings come first, then numbers, in layout order. With trees, single IDs follow.
+        Embeddings come first, then dense inputs, in layout order. With trees, a column for each `tree_id_names` follows
+        that contains the IDs as numbers.
         """
         inputs, placement, events = self._look_up(batch)
         if events is not None:
@@ -146,10 +158,11 @@ class RankingModel(nn.Module):
             placement: (B, P), which only training reads.
             top_k: As in `Mixture.forward`.
             usable: As in `Mixture.forward`.
-            events: Events of histories that attention has not pooled yet.
+            events: Events of the histories, None if attention has already been added to `inputs`.
         """
         network_inputs = inputs if self.trees is None else inputs[:, : self.width]
-        # Pass vectors as separate arguments, since training cuts the graph before the tables at the mixture's inputs.
+        # Pass vectors as separate arguments. Training separates the backward passes of mixture and tables at the
+        # tensors that the mixture gets as arguments.
         vectors = [] if events is None else [events.vectors[index] for index in range(len(self.histories))]
         outputs = self.mixture(network_inputs, placement, top_k, usable, *((events, *vectors) if vectors else ()))
         return self.postprocess(inputs, outputs)
@@ -169,7 +182,10 @@ class RankingModel(nn.Module):
         return outputs._replace(logits=self.trees.blend(logits, tree_logits, self.names))
 
     def to_label_units(self, logits: Tensor) -> Tensor:
-        """Convert the logits (B, T) of regressions to the label's unit, in float64. Binary logits stay unchanged."""
+        """Convert logits (B, T) of regressions from standard deviations to the label's unit.
+
+        Logits of binary tasks stay unchanged. The result is float64 if a task is a regression.
+        """
         if self.mean.dtype == torch.float32:
             return logits
         return torch.addcmul(self.mean, logits.to(self.mean.dtype), self.scale)
@@ -197,7 +213,7 @@ class Mixture(nn.Module):
             levels: Levels of experts.
             towers: Towers of the tasks.
             placement: Placement tower, None without placement inputs.
-            raw_inputs: Whether experts of the first level also read the inputs of the bottom.
+            raw_inputs: Whether experts of the first level read the inputs of the bottom besides its output.
         """
         super().__init__()
         self.histories: HistoryAttention | None = None
@@ -265,7 +281,8 @@ class Bottom(nn.Module):
 
         Args:
             inputs: Number of inputs.
-            edges: Edges of the piecewise-linear encoding of each dense input, at least two, or none for no encoding.
+            edges: For each dense input, the edges between intervals of the piecewise-linear encoding. An input without
+                edges isn't encoded. Other inputs have at least two.
             settings: Section `model.bottom`.
         """
         super().__init__()
@@ -297,7 +314,7 @@ class Bottom(nn.Module):
 class CrossNetwork(nn.Module):
     """Feature crosses of DCN-v2 with low-rank weights (Wang et al., WWW 2021, eq. 2), (B, W) -> (B, W).
 
-    Each layer computes x_{l+1} = x_0 * (U_l V_l x_l + b_l) + x_l.
+    Each layer computes x_{l+1} = x_0 * (U_l V_l x_l + b_l) + x_l, where * multiplies elements.
     """
 
     def __init__(self, inputs: int, layers: int, rank: int) -> None:
@@ -322,8 +339,8 @@ class CrossNetwork(nn.Module):
 class PiecewiseLinear(nn.Module):
     """Piecewise-linear encoding of numbers (Gorishniy et al., NeurIPS 2022, eq. 1).
 
-    Each output is the covered fraction of one interval between edges, 0 to 1. The next layer can then fit any function
-    with bends at the edges.
+    Each output belongs to one interval between edges. It is 0 for numbers below the interval, 1 above, and linear in
+    between. The next layer can then fit any piecewise-linear function with bends at the edges.
     """
 
     def __init__(self, edges: Sequence[Sequence[float]]) -> None:
@@ -336,7 +353,7 @@ class PiecewiseLinear(nn.Module):
 
     def forward(self, numbers: Tensor) -> Tensor:
         """Encode (B, D) float32 as (B, number of all intervals) float32, without a gradient to the numbers."""
-        # Subtract first. The difference is exact even if the edges are close together and far from 0.
+        # Subtract before scaling. The difference is exact even if the edges are close together and far from 0.
         parts = numbers.detach().index_select(1, self.column).sub_(self.low)
         return parts.mul_(self.slope).clamp_(0.0, 1.0)
 
@@ -359,7 +376,7 @@ def mlp(inputs: int, units: Sequence[int], dropout: float = 0.0) -> nn.Sequentia
 
 
 class RowDropout(nn.Dropout):
-    """Dropout of (B, W) with draws for each row, see `mmoe_rec.batches.batch.seeded_draws`."""
+    """Dropout of (B, W) that drops the same elements of a row if a step is repeated, see `batch.seeded_draws`."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -390,7 +407,7 @@ class Towers(nn.Module):
         return last.bias
 
     def forward(self, gated: Tensor) -> Tensor:
-        """Return the logits (B, T) of the gated experts (B, T, U)."""
+        """Return the logits (B, T) from each task's mix of experts (B, T, U)."""
         hidden = gated
         for layer in self.layers[:-1]:
             hidden = functional.silu(layer(hidden))
@@ -398,10 +415,10 @@ class Towers(nn.Module):
 
 
 class PlacementTower(nn.Module):
-    """Shallow network from placement inputs to a logit per task, which absorbs bias (Zhao et al., RecSys 2019).
+    """Shallow network from placement inputs to a logit per task (Zhao et al., RecSys 2019).
 
-    Training adds the logits to the main logits. With probability `dropout`, a row's placement is hidden (0), so that
-    the model doesn't rely on placement.
+    Training adds these logits to the logits of the towers, so that they absorb the effect of position on labels. With
+    probability `dropout`, a row's placement logits are 0 in training, because serving has no placement logits at all.
     """
 
     def __init__(self, inputs: int, tasks: int, settings: section.Placement) -> None:
@@ -427,7 +444,7 @@ class PlacementTower(nn.Module):
 
 
 def build_model(layout: ModelLayout, model: section.Model, tables: nn.Module, seed: int = 0) -> RankingModel:
-    """Build the model of the `model` section.
+    """Build an untrained model.
 
     Args:
         layout: Inputs and outputs.
@@ -452,7 +469,7 @@ def build_model(layout: ModelLayout, model: section.Model, tables: nn.Module, se
 def build_mixture(
     inputs: int, edges: Sequence[Sequence[float]], placement_inputs: int, tasks: int, model: section.Model
 ) -> Mixture:
-    """Build the dense part with weights from torch's global generator.
+    """Build the dense part. Its weights are drawn from torch's global random generator.
 
     Args:
         inputs: Number of inputs.

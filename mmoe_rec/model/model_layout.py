@@ -1,7 +1,7 @@
 """Layout of a model's inputs and outputs, with table widths and the weights of tasks in loss and score.
 
-Rows don't depend on these choices. They come from the settings when a model is created, and are saved as JSON with a
-served model. Code that only reads rows uses the plain `Layout`.
+Widths and weights come from the settings when a model is created, and are saved as JSON with a served model. Encoded
+rows don't depend on them, so code that only reads rows uses the plain `Layout`.
 """
 
 from dataclasses import dataclass, fields
@@ -26,9 +26,9 @@ class EmbeddingTable(TableSpec):
 
 @dataclass(frozen=True)
 class ModelTask(TaskOutput):
-    """Task with one logit per row, and choices that don't affect encoded rows.
+    """Task with one logit per row, and the task's settings that don't affect encoded rows.
 
-    `objective` and the weights are as in `mmoe_rec.settings.log_columns.TaskSettings`.
+    `mmoe_rec.settings.log_columns.TaskSettings` describes `objective` and the weights.
     """
 
     objective: str
@@ -52,7 +52,7 @@ class ModelLayout(Layout):
 
     @staticmethod
     def of(layout: Layout, settings: "Settings") -> "ModelLayout":
-        """Add the choices of the settings to the layout of rows.
+        """Add table widths, task weights and attention from the settings to the layout of rows.
 
         Args:
             layout: Layout of the encoded rows.
@@ -77,7 +77,7 @@ class ModelLayout(Layout):
         features: dict[str, Any] = {column.name: settings.features.get(column.name) for column in layout.ids}
         attended = {name: kind for name, kind in features.items() if getattr(kind, "pooling", None) == "attention"}
         pooled = (AttentionHistory(name, feature.length) for name, feature in attended.items())
-        # Without the candidate's inputs, a history is pooled by its mean.
+        # Attention compares events with the candidate's inputs. A model without these inputs takes the mean instead.
         attention = tuple(pool for pool in pooled if any(partner for _, partner in layout.history_inputs(pool)))
         return ModelLayout(tuple(tables), layout.ids, layout.dense, tuple(tasks), attention)
 
@@ -96,7 +96,11 @@ class ModelLayout(Layout):
         return next(table for table in self.tables if table.name == name)
 
     def width(self, placement: bool) -> int:
-        """Return the number of model inputs, which are the widths of embeddings plus the dense inputs."""
+        """Return the number of input columns: the widths of all embeddings, plus one for each dense input.
+
+        Args:
+            placement: Whether to count the placement inputs, or else all other inputs.
+        """
         dims = {column.name: self.table(column.table).dim for column in self.ids}
         return sum(dims[name] for name in self.id_names(placement)) + len(self.dense_names(placement))
 
@@ -106,9 +110,10 @@ class ModelLayout(Layout):
         return [name for name in super().id_names(placement) if name not in further_inputs]
 
     def lookup_inputs(self) -> list[IdInput]:
-        """Return the inputs of sharded tables, which add up the IDs of a row.
+        """Return the ID inputs that sharded tables look up.
 
-        Attention reads each event, so each position of its lists is a separate input.
+        Sharded tables return the sum over the IDs of an input. Attention needs the embedding of each event, so each
+        position of its histories is a separate input.
         """
         lengths = {name: column.length for column in self.attention for name, _ in self.history_inputs(column)}
         inputs = list[IdInput]()

@@ -1,7 +1,9 @@
 """Routing rules, which choose and weight the experts of a row for each task, and losses on the routing.
 
-A gate first computes a softmax. The weights of the chosen experts are divided by their sum, except if a model trains at
-k = 1. There, the weight would be 1 for any logits, and the gate would never learn. Serving divides if training does.
+Each gate computes a softmax over the experts. A rule then chooses experts, and the weights of the chosen experts are
+divided by their sum. A model that trains with one expert per row (k = 1) skips the division. The only weight would
+otherwise be 1 for any logits, and the gate would get no gradient. Serving divides if and only if training does.
+
 Outside training, a model may run with fewer experts than in training. Every rule then takes the k largest (V-MoE,
 Riquelme et al., NeurIPS 2021).
 
@@ -50,7 +52,7 @@ class Routing(NamedTuple):
         probabilities: (B, R, E) float32, the softmax that chose the experts.
         selected: (B, R, E) bool, None if all experts are selected.
         logits: (B, R, E) float32 of the routers.
-        max_selected: Maximum number of experts that a router chose for a row, None if unavailable beforehand.
+        max_selected: Maximum number of experts that a router may choose for a row, None if the rule sets no maximum.
     """
 
     weights: Tensor
@@ -65,20 +67,20 @@ class Routing(NamedTuple):
 
 
 class RoutingRule(ABC):
-    """Rule by which gates choose and weight experts. It has no state, since weights and settings are in the gates."""
+    """Rule by which gates choose and weight experts. A rule has no state. Weights and settings belong to `Gates`."""
 
     name: str
     """Name in the settings."""
     summary: str
     """Description in the help of `gates.routing`."""
     selects_all = False
-    """Whether a row uses all experts in training. Then a copy of an expert can share its weight."""
+    """Whether a row uses all experts in training. An expert and an added copy can then share the expert's weight."""
     takes_k = True
     """Whether `gates.top_k` sets the number of experts per row in training."""
     uses_selection_bias = False
-    """Whether `GateOutput.bias` moves the selection, so that `gates.balance: bias` can even out loads."""
+    """Whether `select` adds `GateOutput.bias`, so that the setting `gates.balance: bias` can even out loads."""
     depends_on_batch = False
-    """Whether a row's experts depend on other rows of the batch. Then scoring takes the k largest instead."""
+    """Whether a row's experts depend on other rows of the batch. Scoring then takes the k largest instead."""
     selects_at_most_k = False
     """Whether a router selects at most `GateOutput.k` experts per row, so that a GPU can reserve memory for them."""
     shared_router = False
@@ -109,7 +111,8 @@ def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
     some = allowed.any(-1, keepdim=True)
     # A softmax over no entries would be NaN. Take a plain softmax there.
     logits = logits.masked_fill(~(allowed | ~some), float("-inf"))
-    # With adjacent rows, a CPU computes rows together. 8 entries then take a tenth of the time.
+    # Transpose, so that a CPU's vector instructions process many rows at once. With 8 experts, the softmax then takes a
+    # tenth of the time.
     return logits.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1).contiguous() * some
 
 
@@ -147,14 +150,17 @@ def keep_selected(probabilities: Tensor, selected: Tensor, renormalize: bool) ->
 
 
 def expert_loads(routing: Routing, row_mask: Tensor) -> Tensor:
-    """Return each expert's fraction of all routers' choices together, (E,) float32, without gradient.
+    """Return the load of each expert, which is its fraction of the choices of all routers.
 
-    If every row uses all experts, the load is the mean probability. Balancing each task separately would forbid tasks
-    to use different experts.
+    If every row uses all experts, the load is the mean probability. Loads are not computed by task, because balancing
+    each task separately would keep tasks from using different experts.
 
     Args:
         routing: Routing of a level.
         row_mask: (B,) float32, 1 for rows that count and 0 for other rows.
+
+    Returns:
+        (E,) float32, without gradient.
     """
     import torch
 
@@ -183,7 +189,7 @@ def balance_loss(routing: Routing, loads: Tensor, row_weights: Tensor) -> Tensor
 
 
 def z_loss(routing: Routing, row_weights: Tensor) -> Tensor:
-    """Return the mean squared logsumexp of router logits (Zoph et al., 2022, eq. 5), which limits logits.
+    """Return the mean squared logsumexp of router logits (Zoph et al., 2022, eq. 5), which keeps the logits small.
 
     Args:
         routing: Routing of a level.
@@ -239,9 +245,9 @@ class ExpertChoice(RoutingRule):
         rows = len(probabilities)
         seen = gated.allowed.sum(-1, keepdim=True).clamp(min=1)  # (G, 1)
         capacities = (rows * gated.k + seen - 1) // seen
-        # A GPU sorts all rows anyway, and the host would have to wait for the largest capacity.
+        # On a GPU, `topk` sorts all rows anyway, and reading the largest capacity would make the host wait.
         max_rows = rows if probabilities.is_cuda else min(rows, int(capacities.max()))
-        preferred_rows = probabilities.topk(max_rows, dim=0).indices  # (C, G, E) indices of rows.
+        preferred_rows = probabilities.topk(max_rows, dim=0).indices  # (max_rows, G, E)
         taken = torch.arange(max_rows, device=probabilities.device)[:, None, None] < capacities
         chosen = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(
             0, preferred_rows, taken.expand_as(preferred_rows)
@@ -265,7 +271,7 @@ class SharedRoute(TopK):
             renormalize: As in `RoutingRule.weigh`.
         """
         assert selected is not None
-        # Add the router's logits to the weights, since the router would otherwise get no gradient.
+        # Add the router's logits to the gates' logits. The router would otherwise get no gradient.
         weights = masked_softmax(gated.gate_logits + gated.router_logits, selected)
         if not renormalize:
             weights = weights * keep_selected(gated.probabilities, selected, renormalize=False).sum(-1, keepdim=True)
@@ -273,7 +279,7 @@ class SharedRoute(TopK):
 
 
 RULES: list[RoutingRule] = [Soft(), TopK(), ExpertChoice(), SharedRoute()]
-"""Rules that settings may name."""
+"""Rules that the setting `gates.routing` may name."""
 
 
 def get_rule(name: str) -> RoutingRule:

@@ -1,7 +1,7 @@
 """Calibrated logits, predictions and the ranking score.
 
-The score is a product of weighted predictions (Zhao et al., RecSys 2019): exp(sum over tasks of weight x log
-prediction).
+The score is the product over tasks of prediction ^ weight (Zhao et al., RecSys 2019). It is computed as exp(sum over
+tasks of weight x log prediction).
 """
 
 import math
@@ -115,12 +115,14 @@ def scores_from_log_scores(log_scores: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TaskCalibration:
-    """Increasing, piecewise linear function of a logit, with one slope beyond the outer knots.
+    """Increasing, piecewise linear function from a logit to a calibrated logit.
+
+    Lines connect K given points, the knots. Below the first knot and above the last, the function has a fixed slope.
 
     Attributes:
         logits: Logits of the K knots, K at least 1.
         calibrated: Calibrated logits of the knots.
-        slope: Slope beyond the outer knots.
+        slope: Slope below the first knot and above the last.
 
     Raises:
         ValueError: The function isn't increasing, which would change the order of candidates, or isn't finite.
@@ -162,8 +164,8 @@ class TaskCalibration:
         knots, values = (x.new_tensor(points) for points in (self.logits, self.calibrated))
         outer = values.new_tensor([self.slope])
         slopes = torch.cat([outer, values.diff() / knots.diff(), outer])
-        # Piece i is below knot i, and piece K is above the last knot. A piece goes through the knot at its left. The
-        # first piece goes through the knot at its right.
+        # K knots bound K + 1 linear pieces. Piece i ends at knot i, and piece K begins at the last knot. Compute each
+        # piece from the knot at its left, and piece 0 from the knot at its right.
         piece = torch.bucketize(x.contiguous(), knots)
         knot = (piece - 1).clamp(min=0)
         return (values[knot] + slopes[piece] * (x - knots[knot])).to(logits.dtype)
@@ -171,7 +173,7 @@ class TaskCalibration:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibrations of a model's tasks by name. Other tasks keep their logits."""
+    """Calibrations of a model's tasks by name. Tasks without a calibration keep their logits."""
 
     tasks: Mapping[str, TaskCalibration] = field(default_factory=dict)
 
@@ -183,7 +185,7 @@ class Calibration:
             names: Names of the T tasks.
 
         Returns:
-            (B, T) of the same type.
+            Calibrated logits, (B, T) of the type of `logits`.
         """
         if not self.tasks:
             return logits

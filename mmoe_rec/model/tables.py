@@ -1,10 +1,12 @@
 """Embedding tables in two forms with equal weights, names and outputs.
 
-`PlainTables` is pure torch, for serving and single-process evaluation. `torchrec_tables` returns the collection that
-`mmoe_rec.training.sharding` distributes over ranks. Both have the state `embedding_bags.<table>.weight`. With
-`mean_embeddings`, both return the mean of an input's IDs, which is zero without IDs. The state of torchrec's collection
-has padded columns for the kernels, see `padded_dim`. The collection sums IDs, since averaging kernels are slow on some
-processors, and `mean_embeddings` divides.
+`PlainTables` is pure torch, for serving and single-process evaluation. `torchrec_tables` returns torchrec's collection
+of tables, which `mmoe_rec.training.sharding` distributes over ranks. Both have the state
+`embedding_bags.<table>.weight`. In torchrec's collection, weights have padding columns (`padded_dim`).
+
+Pass the output of either form to `mean_embeddings`. The result is the mean embedding of an input's IDs, or zero without
+IDs. torchrec's collection only sums embeddings, since averaging kernels are slow on some processors, and
+`mean_embeddings` divides the sums.
 """
 
 import hashlib
@@ -23,7 +25,7 @@ from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout
 
 # New IDs start near zero, so that an ID that training has rarely seen adds almost nothing to a row.
 INITIAL_STD = 0.01
-# Rows that share a random generator. A rank draws only the blocks that its range of rows overlaps.
+# Number of rows in a block. Each block has its own random generator, so a rank draws only the blocks of its rows.
 BLOCK_ROWS = 65_536
 PooledEmbeddings = tuple[list[str], list[int], Tensor]
 """Names of inputs, their widths, and the sums of their embeddings side by side, (B, sum of widths) float32."""
@@ -36,7 +38,9 @@ def used_tables(layout: ModelLayout) -> list[EmbeddingTable]:
 
 
 def initial_rows(table: EmbeddingTable, seed: int, first: int, last: int) -> Tensor:
-    """Return initial weights, which depend only on seed, table name and row, so that any sharding starts equally.
+    """Return initial weights of a range of rows.
+
+    The weights depend only on seed, table name and row, so any sharding starts with the same weights.
 
     Args:
         table: Table of the rows.
@@ -79,7 +83,12 @@ class PlainTables(nn.Module):
         self._attended = {name for history in layout.attention for name, _ in layout.history_inputs(history)}
 
     def forward(self, ids: KeyedIds) -> dict[str, Tensor]:
-        """Return the mean embedding of each input, name -> (B, dim) float32, or (E, dim) of each ID for attention."""
+        """Return the embeddings of each input by name.
+
+        Returns:
+            Name -> (B, dim) float32, the means. Inputs of attention have the embedding of each of their E IDs instead,
+            (E, dim).
+        """
         return {
             name: self.rows(table, ids.column(name)[0])
             if name in self._attended
@@ -130,13 +139,16 @@ def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") ->
 def mean_embeddings(
     embeddings: Any, dims: dict[str, int], ragged: Sequence[str], pooling_weights: Tensor | None
 ) -> dict[str, Tensor]:
-    """Return mean embeddings from either form of tables, input name -> (B, dim) float32.
+    """Return the mean embedding of each input, from the output of `PlainTables` or of torchrec's tables.
 
     Args:
-        embeddings: Means by name, or sums as `PooledEmbeddings` or torchrec's KeyedTensor.
+        embeddings: Output of the tables: means by name, or sums as `PooledEmbeddings` or torchrec's KeyedTensor.
         dims: Width of each input's embedding.
-        ragged: Inputs to divide, see `Batch.ragged_inputs`.
-        pooling_weights: Factors for the `ragged` inputs, see `Batch.pooling_weights`.
+        ragged: R inputs whose rows may have other numbers of IDs than one, see `Batch.ragged_inputs`.
+        pooling_weights: (R, B) factors from sums to means of the `ragged` inputs, see `Batch.pooling_weights`.
+
+    Returns:
+        Input name -> (B, dim) float32.
     """
     if isinstance(embeddings, dict):
         return embeddings
@@ -159,13 +171,14 @@ def pool_histories(
     histories: Sequence[tuple[int, Sequence[str]]],
     rows: Tensor,
 ) -> tuple[dict[str, Tensor], AttentionEvents]:
-    """Add the mean of each history to the embeddings, and the embeddings of the events to the events.
+    """Compute the mean embedding of each history, and store the embeddings of single events in `events`.
 
     Args:
-        embeddings: Result of `mean_embeddings`, of each event or of each position of the lists.
+        embeddings: Result of `mean_embeddings`. Inputs of histories have the embedding of each event (plain tables), or
+            of each position of the lists (sharded tables).
         events: Events of the rows.
-        histories: Maximum length and inputs of each history. The first input gets the mean.
-        rows: (B, ...) any other tensor of the same rows.
+        histories: Maximum length of each history, and its inputs. The mean is stored under the name of the first input.
+        rows: Any tensor with B rows. Only the number of rows is read.
 
     Returns:
         Embeddings with the means, and events with `vectors`.
@@ -191,13 +204,15 @@ def pool_histories(
 
 # Padding for kernels that need a multiple of four columns.
 #
-# fbgemm stores rows of D' columns, the width D rounded up to a multiple of four. The padding stays zero and gets no
-# gradient. Row-wise Adagrad divides a row's step by the root mean square of its gradients. Over D' columns, this mean
-# square is too small by D / D'. The stored weights are therefore the weights times sqrt(D' / D). A step doesn't depend
-# on the gradient's scale, so a stored row moves like any other row, and the weights move by sqrt(D / D') of that. A
-# table of D columns would move equally (except for Adagrad's epsilon of 1e-8).
+# fbgemm stores a table of width D with D' columns, where D' is D rounded up to a multiple of four. The padding stays
+# zero and gets no gradient.
 #
-# Only training pads tables. A trained model has D columns.
+# Row-wise Adagrad divides a row's gradient by the root mean square of the row's gradients. The zeros of the padding
+# lower this root mean square by the factor sqrt(D / D'), so steps are too large by sqrt(D' / D). Stored weights are
+# therefore the weights times sqrt(D' / D). A step of Adagrad doesn't depend on the scale of the gradient, so the
+# weights move exactly as in a table of D columns (except for Adagrad's epsilon of 1e-8).
+#
+# Only tables in training are padded. A saved model has D columns.
 
 
 COLUMN_MULTIPLE = 4
@@ -231,14 +246,14 @@ def from_padded(weights: Tensor, dim: int) -> Tensor:
 
 # Weights in int8 take slightly more than a quarter of the bytes of float32, on disk and in memory.
 #
-# A row has one code from -127 to 127 for each number, and one scale in bfloat16. Zeros stay zeros, and the error of a
-# number is at most half a scale. Narrow adjacent rows share a scale. For the tables of the Complete Journey model, the
-# root mean square of the error is 0.48% of the root mean square of the weights.
+# A weight is an integer code from -127 to 127, times a bfloat16 scale. Each row has its own scale, except that adjacent
+# rows of a narrow table share one. Zeros stay zeros, and the error of a weight is at most half a scale. For the tables
+# of the Complete Journey model, the root mean square of the error is 0.48% of the root mean square of the weights.
 
 
 INT8_LIMIT = 127
 MIN_WEIGHTS_PER_SCALE = 16
-SCALES_SUFFIX = ".scales"  # Follows a weight's name in a file.
+SCALES_SUFFIX = ".scales"  # In a file, the scales of weight NAME are called NAME.scales.
 
 
 def rows_per_scale(width: int) -> int:
@@ -253,7 +268,7 @@ def quantize(weights: Tensor) -> tuple[Tensor, Tensor]:
         weights: (..., D) floats.
 
     Returns:
-        Codes (..., D) int8 and scales (S,) bfloat16, for the rows in order.
+        Codes (..., D) int8, and S scales (S,) bfloat16, one for each group of `rows_per_scale` adjacent rows.
 
     Raises:
         ValueError: A number is not finite.
@@ -323,8 +338,8 @@ class Int8EmbeddingBag(nn.Module):
         """Return the means of B lists of rows, (B, D) float32, 0 for empty lists.
 
         Args:
-            ids: (S,) IDs.
-            offsets: (B + 1,) starts of the lists, and the end of the last list.
+            ids: (n,) IDs of all lists.
+            offsets: (B + 1,) start of each list in `ids`, and the end of the last list.
         """
         positions = torch.arange(len(ids), device=ids.device, dtype=offsets.dtype)
         return functional.embedding_bag(positions, self.rows(ids), offsets, mode="mean", include_last_offset=True)
@@ -343,8 +358,8 @@ def pop_table(stored: dict[str, Tensor], name: str) -> nn.EmbeddingBag | Int8Emb
         name: Name of the table's weight.
 
     Raises:
-        KeyError: Codes have no scales.
-        ValueError: Codes have other scales.
+        KeyError: An int8 table has no scales.
+        ValueError: An int8 table has the wrong number of scales.
     """
     weight = stored.pop(name, None)
     if weight is None:

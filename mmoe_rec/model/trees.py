@@ -1,11 +1,13 @@
-"""Boosted trees next to the network, where a task's logit is a weighted sum of both.
+"""Boosted trees next to the network. A task's logit is a weighted sum of the network's and the trees' logits.
 
-Trees and networks make different errors, so their sum ranks better than either. The trees (LightGBM) read the numbers
-that the network reads. Some trees also read the table rows of single IDs, where frequent IDs come first.
-`mmoe_rec.training.stacking` trains the trees and fits the weights.
+Trees and networks make different errors, so their sum ranks better than either. The trees (LightGBM) read the dense
+inputs of the network. Some trees also read single IDs as numbers. The number is the ID's row in its embedding table,
+where frequent IDs come first. `mmoe_rec.training.stacking` trains the trees and fits the weights.
 
-In an artifact, the trees are a folder `trees` with one LightGBM text per task, which may contain several ensembles in
-sequence, and the weights in `blends.json`.
+In an artifact, the folder `trees` contains one text of LightGBM per task, and the weights in `blends.json`. A text may
+contain several ensembles, whose mean is used.
+
+Shapes: B rows, F inputs of the trees, T tasks of the model, K tasks with trees.
 """
 
 import json
@@ -29,14 +31,17 @@ FOLDER, BLENDS = "trees", "blends.json"
 
 @dataclass(frozen=True)
 class Blend:
-    """Weighted sum network * network logit + trees * tree logit + offset. For a regression, the sum of values."""
+    """Weights of the sum network * network logit + trees * tree logit + offset.
+
+    Logits of a regression are values in the label's unit.
+    """
 
     network: float
     trees: float
     offset: float
 
     def apply(self, network: np.ndarray, trees: np.ndarray) -> np.ndarray:
-        """Blend logits, or values of a regression.
+        """Return the weighted sum.
 
         Args:
             network: Logits of the network, of any shape.
@@ -47,25 +52,30 @@ class Blend:
 
 @dataclass(frozen=True)
 class Trees:
-    """Trees of some tasks as LightGBM texts by task, with the blends of trees and network."""
+    """Trees of some tasks.
+
+    Attributes:
+        texts: LightGBM's text of the trees, by task.
+        blends: Weights of network and trees, by task.
+    """
 
     texts: Mapping[str, str]
     blends: Mapping[str, Blend]
 
     @cached_property
     def forest(self) -> "Forest":
-        """Trees of all tasks, in the order of `texts`. Raises ValueError or LookupError if a text is damaged."""
+        """Trees of all tasks in `texts`, in this order. Raises ValueError or LookupError if a text is damaged."""
         return Forest([read_ensemble(text) for text in self.texts.values()])
 
     def logits(self, inputs: Tensor, names: Sequence[str]) -> Tensor:
         """Return the logits of the trees, NaN for tasks without trees.
 
         Args:
-            inputs: (B, F) float32, numbers and then IDs.
+            inputs: (B, F) float32, dense inputs and then single IDs.
             names: Names of the T tasks.
 
         Returns:
-            (B, T) float64. A regression has values, in standard deviations from its mean.
+            (B, T) float64. Logits of a regression are values in standard deviations from the mean label.
         """
         columns = np.full((len(inputs), len(names)), np.nan)
         if self.texts:
@@ -103,7 +113,7 @@ class Trees:
         Args:
             folder: Artifact folder.
             numbers: Number of numeric inputs.
-            ids: Number of ID inputs, which trees may read or not.
+            ids: Number of inputs with single IDs. Trees read all of them or none.
 
         Raises:
             UserError: The trees are damaged.
@@ -123,11 +133,15 @@ class Trees:
 
 # Evaluation of all trees of some tasks by bit operations.
 #
-# Trees come from LightGBM's text. For a block of rows, each split of all trees becomes a bit string with one bit per
-# row, which says whether the row goes left. From the roots down, the rows that reach a node are an `and` of two bit
-# strings, so that nothing is computed row by row. (QuickScorer, Lucchese et al., SIGIR 2015, instead has a string of
-# leaves for each row.) At the end, the bits of each row's leaf index are combined. The results are exact, and trees are
-# summed in their order, so that a row's result doesn't depend on other rows.
+# Trees come from LightGBM's text. Rows are evaluated in blocks, by operations on bit strings with one bit per row:
+#
+# 1. Each split of each tree gets a bit string that says which rows go left.
+# 2. Each node gets a bit string of the rows that reach it, from the roots down. For a left child, it is the `and` of
+#    the parent's string and the split's string.
+# 3. The strings of the leaves give each row's leaf index, bit by bit.
+#
+# (QuickScorer, Lucchese et al., SIGIR 2015, instead has one bit string of leaves for each row.) Leaf values are looked
+# up and summed in the order of the trees, so a row's result is bitwise the same in every batch.
 
 
 # Blocks of this size fit a processor's cache. 871 trees and 500 rows take 3.6 ms, and 9.6 ms without blocks.
@@ -145,13 +159,13 @@ class Tree:
     Attributes:
         features: (S,) int64, the input of each split.
         edges: (S,) float32. Inputs up to the edge go left.
-        is_categorical: (S,) bool. Whole numbers in a set go left instead.
-        left: (S,) int64, the next split, or `~leaf`.
-        right: As `left`.
-        values: (S + 1,) float64 of the leaves.
-        sets: (S,) int64, the index of each split's set.
-        set_offsets: Start of each set in `set_bits`, and the end of the last set.
-        set_bits: uint32 words with a bit for each whole number from 0.
+        is_categorical: (S,) bool. For a categorical split, inputs in a set of whole numbers go left. `edges` is unused.
+        left: (S,) int64, the split that follows at the left. A leaf is stored as `~leaf`.
+        right: As `left`, for the split that follows at the right.
+        values: (S + 1,) float64, values of the leaves.
+        sets: (S,) int64, the index of the set of a categorical split.
+        set_offsets: Index of each set's first word in `set_bits`, and the end of the last set.
+        set_bits: uint32 words of all sets. Bit i of a set says whether the whole number i is in the set.
     """
 
     features: np.ndarray
@@ -171,14 +185,22 @@ class Tree:
 
 
 class Ensemble(NamedTuple):
-    """Boosted trees of one task, whose values are summed, and the number of their inputs."""
+    """Boosted trees of one task.
+
+    Attributes:
+        trees: Trees. The task's logit is the sum of their values.
+        width: Number of inputs of the trees.
+    """
 
     trees: list[Tree]
     width: int
 
 
 def read_ensemble(text: str) -> Ensemble:
-    """Read the trees in LightGBM's text, or the mean of several ensembles if the text has several.
+    """Read the trees in LightGBM's text.
+
+    If the text has n ensembles, leaf values are divided by n, so that the sum over all trees is the mean of the
+    ensembles.
 
     Raises:
         ValueError: The text is damaged, or the trees aren't of the kind that `mmoe_rec.training.stacking` trains.
@@ -239,16 +261,21 @@ class Forest:
         self._values = np.zeros((len(trees), 1 << self._digits))
         for tree, row in zip(trees, self._values, strict=True):
             row[: len(tree.values)] = tree.values
-        self._numbers: list[tuple[int, slice, np.ndarray]] = []  # Input, rows of bits, edges (E, 1).
-        self._sets: list[tuple[int, slice, np.ndarray]] = []  # Input, sets, members (largest + 2, S).
-        # For the splits of each depth: positions of their nodes, bits that they read, and the position of the first
+        # `_sums` computes bit strings in this order: one for each different numeric split, one for each categorical
+        # split.
+        # Numeric splits of an input: the input, the range of their bit strings, their edges (E, 1).
+        self._numbers: list[tuple[int, slice, np.ndarray]] = []
+        # Categorical splits of an input: the input, the range of their bit strings, and whether each whole number is in
+        # the set of each split, (largest number + 2, S) bool.
+        self._sets: list[tuple[int, slice, np.ndarray]] = []
+        # Splits of each depth: positions of their nodes, indices of their bit strings, and the position of the first
         # left child. The right children follow the left children.
         self._levels: list[tuple[np.ndarray, np.ndarray, int]] = []
         sizes = [len(tree.features) for tree in trees]
         firsts = np.cumsum([0, *sizes])
-        self._bits = self._edges = 0  # Number of rows of bits in total, and for edges.
+        self._bits = self._edges = 0  # Number of bit strings, of all splits and of numeric splits.
         bits = self._find_bits(trees, firsts)
-        # Leaf l of tree t is ~(l x trees + t), so that leaves of one index are adjacent.
+        # Leaf l of tree t gets the number ~(l x number of trees + t). Leaves with the same index l are then adjacent.
         tree_of_split, count = np.arange(len(trees)).repeat(sizes), len(trees)
         left, right = (
             np.where(ensemble >= 0, ensemble + firsts[tree_of_split], ~(~ensemble * count + tree_of_split))
@@ -262,10 +289,10 @@ class Forest:
             splits = nodes[split_positions]
             self._levels.append((first + split_positions, bits[splits], first := first + len(nodes)))
             nodes = np.concatenate([left[splits], right[splits]])
-        self._leaves, self._nodes = leaves, first + 1  # The last node stands for missing leaves.
+        self._leaves, self._nodes = leaves, first + 1  # The last node stands for leaves that small trees lack.
 
     def _find_bits(self, trees: Sequence[Tree], firsts: np.ndarray) -> np.ndarray:
-        """Return the row of bits that each split of all trees reads, (S,)."""
+        """Return the index of the bit string that each split reads, (S,) for the S splits of all trees."""
         features, edges, is_categorical = (
             np.concatenate([getattr(tree, name) for tree in trees]) for name in ("features", "edges", "is_categorical")
         )
@@ -309,7 +336,7 @@ class Forest:
         return np.concatenate([np.empty((0, len(self._ends) - 1)), *parts])
 
     def _sums(self, x: np.ndarray) -> np.ndarray:
-        # Use the narrowest words of 8 to 64 bits for all rows, since few rows then need less memory.
+        # Use the narrowest word of 8 to 64 bits that has a bit for each row. Few rows then need less memory.
         dtype: np.dtype[Any] = np.dtype(f"u{min(8, max(1, 1 << (-(-len(x) // 8) - 1).bit_length()))}")
         trees, words = len(self._values), -(-len(x) // (8 * dtype.itemsize))
         rows = 8 * dtype.itemsize * words
@@ -322,7 +349,7 @@ class Forest:
         sets = self._bits - self._edges
         is_member = np.empty((rows, -(-sets // 8) * 8), np.bool_)
         for feature, splits, table in self._sets:
-            last = len(table) - 1  # The last row is for numbers in no set.
+            last = len(table) - 1  # The last row of the table is for numbers that are in no set.
             numbers = np.where((columns[feature] >= 0) & (columns[feature] < last), columns[feature], last)
             is_member[:, splits] = table.take(numbers.astype(np.int64), axis=0)
         # Combine eight rows into the bits of a byte, for eight splits at a time.
@@ -340,7 +367,7 @@ class Forest:
             parents = reached.take(nodes, axis=0)
             left = np.bitwise_and(parents, bits.take(bit_rows, axis=0), out=reached[first:middle])
             np.bitwise_xor(parents, left, out=reached[middle:end])
-        # Compute the bits of each row's leaf index from the leaves whose index has the bit.
+        # A bit of a row's leaf index is 1 if the row reached one of the leaves whose index has this bit.
         leaf_rows = reached.take(self._leaves, axis=0).reshape(-1, trees * words)
         leaf = np.zeros((trees, rows), np.min_scalar_type(len(leaf_rows) - 1))
         for digit in reversed(range(self._digits)):

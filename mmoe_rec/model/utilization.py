@@ -1,4 +1,7 @@
-"""Utilization of experts by tasks, from the gates of the last level over many rows, with findings in sentences."""
+"""Utilization of experts by tasks, measured at the gates of the last level over many rows.
+
+Shapes: B rows, T tasks, E experts of the last level.
+"""
 
 import math
 from dataclasses import dataclass
@@ -16,16 +19,17 @@ POLARIZED_ABOVE = 0.8
 UNDERUSED_BELOW = 0.05
 
 Fractions = Annotated[Tensor, PlainValidator(lambda value: torch.as_tensor(value, dtype=torch.float64))]
-"""Tensor of float64 that is a list of numbers in JSON."""
+"""Float64 tensor that pydantic can read from a list of numbers in JSON."""
 
 
 @dataclass(frozen=True)
 class ExpertUtilization:
-    """Utilization of each expert by each task. NaN if a task doesn't see an expert, or the expert is out of use.
+    """Utilization of each expert by each task. NaN if the task's gate can't use the expert, or the expert is masked.
 
     Attributes:
         weights: (T, E) float64, the mean weight of an expert in a task's gate.
-        loads: (T, E) float64, the fraction of the task's choices that went to an expert.
+        loads: (T, E) float64, the fraction of the task's choices that went to an expert. Soft gates choose all experts
+            in proportion to their weights.
     """
 
     weights: Fractions
@@ -33,7 +37,7 @@ class ExpertUtilization:
 
     @property
     def total_loads(self) -> Tensor:
-        """Each expert's fraction of the loads of all tasks, (E,), summing to 1. NaN if no task uses an expert."""
+        """Load of each expert over all tasks, (E,). The loads sum to 1. NaN if no task can use the expert."""
         return self.loads.nan_to_num().mean(0).masked_fill(self.loads.isnan().all(0), math.nan)
 
     @property
@@ -44,12 +48,15 @@ class ExpertUtilization:
 
     @property
     def entropy(self) -> float:
-        """Entropy of all tasks' loads together divided by log E. 1 for even loads."""
+        """Entropy of `total_loads` divided by the log of the number of experts. 1 for even loads."""
         return _entropy(_numbers(self.total_loads))
 
     @property
     def polarized(self) -> list[bool]:
-        """Whether one of several experts has more than POLARIZED_ABOVE of a task's weight, by task."""
+        """Whether the gate of each task gives one expert more than POLARIZED_ABOVE of its weight.
+
+        A gate that sees only one expert isn't polarized.
+        """
         return [len(seen := _numbers(weights)) > 1 and float(seen.max()) > POLARIZED_ABOVE for weights in self.weights]
 
     def to_metrics(self, tasks: list[str]) -> dict[str, float]:
@@ -67,7 +74,7 @@ class ExpertUtilization:
 
     @property
     def underused(self) -> list[int]:
-        """Experts with less than UNDERUSED_BELOW of the mean load."""
+        """Indices of the experts with less than UNDERUSED_BELOW of the mean load."""
         loads = self.total_loads
         return (loads < UNDERUSED_BELOW * _numbers(loads).mean()).nonzero().flatten().tolist()
 
@@ -93,9 +100,9 @@ class UtilizationAccumulator:
     """Running sums of gate outputs. Sums of several ranks can be added.
 
     Attributes:
-        visible: (T, E) bool, the visible experts in use of each task.
-        sums: (2 T E + 1,) float64 on the model's device, weights and choices of each task and expert, then the number
-            of rows.
+        visible: (T, E) bool, the experts in use that the gate of each task sees.
+        sums: (2 T E + 1,) float64 on the model's device. First the sums of weights for each task and expert, then the
+            sums of choices, then the number of rows.
     """
 
     def __init__(self, visible: Tensor) -> None:

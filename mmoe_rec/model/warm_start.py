@@ -2,9 +2,9 @@
 
 A model can start from another model if its features extend the features of the other model.
 
-Dense weights and table rows of seen IDs are copied. An ID that is new to the vocabulary starts as a copy of the hashed
-bucket in which the other model looked it up. The first outputs therefore equal the outputs of the other model.
-Optimizers start from zero, so first steps are as large as in any run.
+Dense weights and table rows of seen IDs are copied. An ID that is new to the vocabulary starts as a copy of the hash
+bucket in which the other model looked it up. The first outputs therefore equal the outputs of the other model. The
+state of optimizers is not copied, so the first steps are as large as in any run.
 """
 
 import copy
@@ -31,7 +31,8 @@ from mmoe_rec.settings.load import describe_errors
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import diff_settings
 
-# Settings that don't affect weights, by the last part of their name.
+# Settings that may differ between both models, because they don't change the weights' shape or meaning. A setting is
+# given by the last part of its name.
 _FREE = frozenset({"dropout", "conditional_on"})
 _FREE |= {"top_k", "random_top_k", "serving_top_k", "noise", "compute"}
 _FREE |= {"balance", "balance_weight", "bias_rate", "z_loss", "ramp_steps"}
@@ -80,7 +81,7 @@ class WarmStart:
         }
 
     def rows(self, table: EmbeddingTable, first: int, last: int) -> Tensor:
-        """Return initial weights of a range of rows, and read no other rows.
+        """Return initial weights of a range of rows, without loading the whole table.
 
         Args:
             table: Table of the rows.
@@ -112,7 +113,7 @@ class WarmStart:
 
     @torch.no_grad()
     def fill(self, model: nn.Module) -> None:
-        """Copy all initial weights into a `RankingModel` over `PlainTables`."""
+        """Copy all initial weights into a `RankingModel` with `PlainTables`."""
         self.fill_dense(model)
         for table in used_tables(self.layout):
             weight = model.get_parameter(f"tables.embedding_bags.{table.name}.weight")
@@ -131,7 +132,7 @@ def _weights(folder: Path) -> Iterator[Any]:
 
 
 def _describe(pipeline: FeaturePipeline, layout: ModelLayout, model: Model) -> dict[str, Any]:
-    """Return all settings that weights depend on, except the fitted values of features."""
+    """Return the settings and inputs that must be equal for weights to be copied, as a tree of JSON values."""
     tree = copy.deepcopy(pipeline.schema.identity())
     features: dict[str, dict[str, Any]] = tree["features"]
     for table in layout.tables:
@@ -162,19 +163,20 @@ def _mismatches(
             yield f"feature or task '{name}' was fitted to other rows (means, standard deviations or edges differ)"
 
 
-# Towers start at the base rates, so that a new model predicts the mean training label for every row. From a bias of 0,
-# a short run never reaches a label that only one row in 200 has.
+# The last biases of the towers start at the base rates, so that a new model predicts the mean training label for every
+# row. If the biases started at 0 (a rate of 50%), a short run would never reach the base rate of a label that only one
+# row in 200 has.
 
 
 def base_rates(manifest: Mapping[str, Any], tasks: Sequence[TaskOutput], weighted: bool) -> list[float | None]:
     """Return the fraction of positive labels among the observed training rows of each task.
 
-    Half a row of each class with mean weight is added, so that no rate is 0 or 1.
+    Half a positive and half a negative row of mean weight are added, so that no rate is 0 or 1.
 
     Args:
         manifest: Manifest of the features.
         tasks: Tasks.
-        weighted: Whether to divide the rows' weights by their sampling rates, as the loss does.
+        weighted: Whether to divide the rows' weights by their sampling rates, as the weighted loss does.
 
     Returns:
         Rates, None for a regression and for a task without observed labels.
@@ -207,14 +209,18 @@ def set_base_rates(towers: Towers, tasks: Sequence[TaskOutput], rates: Sequence[
 #
 # Only experts shared by all tasks can be added and removed, on all levels at once.
 #
-# If soft gates serve with all experts, an added expert changes no output. The copy takes half of an expert's weight,
-# since ln 2 is subtracted from both gate logits. Both experts would always get the same gradient, so a little noise is
-# added to the weights of one and subtracted from the weights of the other. If gates choose experts, half a probability
-# may not be chosen. An added expert then starts unused (its ramp is 1), and training phases it in.
+# An added expert is a copy of an existing expert. If soft gates serve with all experts, the copy changes outputs by
+# almost nothing: original and copy each get half of the weight, since ln 2 is subtracted from both gate logits. Equal
+# experts would always get equal gradients, so a little noise is added to the weights of one and subtracted from the
+# weights of the other.
+#
+# If gates choose experts, half the probability may not suffice to be chosen, which would change outputs. The copy
+# therefore starts unused (`Gates.ramp` is 1), and training phases it in.
 
 
 State = dict[str, Tensor]
-# Noise as a fraction of each weight. Outputs of soft gates change by twice its square.
+# Noise as a fraction of each weight. The noise of original and copy nearly cancels in soft gates: outputs change by
+# about 2 * NOISE ^ 2.
 NOISE = 1e-4
 NOISE_OUT_OF_USE = 0.01
 
@@ -251,7 +257,7 @@ def add_experts(state: State, model: Model, copied: Iterable[int], seed: int = 0
 
 
 def remove_expert(state: State, model: Model, expert: int) -> tuple[State, Model]:
-    """Remove a shared expert, whose weight the gates give to the other experts in proportion.
+    """Remove a shared expert. The gates divide its weight among the other experts in proportion to their weights.
 
     Args:
         state: Weights of the model.
@@ -280,7 +286,7 @@ def remove_expert(state: State, model: Model, expert: int) -> tuple[State, Model
 
 
 def mask_expert(state: State, model: Model, expert: int) -> State:
-    """Mask an expert, whose weights are kept.
+    """Take an expert out of use, but keep its weights.
 
     Args:
         state: Weights of the model.
