@@ -1,12 +1,13 @@
 """Fit calibrations (`mmoe_rec.model.score`) on rows that the model was not trained on.
 
 `fit_temperature` fits slope x logit + offset by logistic regression of the label on the logit (Platt, 1999). It is
-temperature scaling (Guo et al., ICML 2017) with an offset, because a model may also be too high everywhere. Two numbers
-need few rows.
+temperature scaling (Guo et al., ICML 2017) with an offset, because all predictions may also be too high or too low. It
+has only two parameters, so few rows are enough.
 
-`fit_isotonic` fits the rising step function with the least squared error (Zadrozny and Elkan, KDD 2002). It can take
-any rising form, and needs thousands of rows. Its steps are flat, so they would tie candidates that the model
-distinguishes. Straight lines with a slope of at least `MIN_SLOPE` therefore join the middles of the steps.
+`fit_isotonic` starts from isotonic regression, the rising step function with the least squared error (Zadrozny and
+Elkan, KDD 2002). It can fit any rising relation, and needs thousands of rows. Rows on one step would get equal
+predictions, although the model distinguishes them. Each step is therefore replaced by one point, and lines with a slope
+of at least `MIN_SLOPE` connect the points.
 """
 
 import math
@@ -93,7 +94,11 @@ def fit_calibration(
 def _find_drift(
     method: CalibrationMethod, x: np.ndarray, y: np.ndarray, w: np.ndarray, times: np.ndarray
 ) -> str | None:
-    """Describe drift: a fit on the earlier rows makes the later rows worse by two standard errors."""
+    """Return a sentence that describes the drift of a task, None if the task doesn't drift.
+
+    A task drifts if a calibration that is fitted on the earlier half of the rows increases the mean log loss of the
+    later half by more than two standard errors.
+    """
     early, late = np.array_split(np.argsort(times, kind="stable"), 2)
     if len(np.unique(y[early])) < 2 or (fitted := _FITS[method](x[early], y[early], w[early])) is None:
         return None
@@ -170,7 +175,7 @@ _FITS: dict[CalibrationMethod, Callable[[np.ndarray, np.ndarray, np.ndarray], Ta
 def predict_for_calibration(
     model: RankingModel, layout: ModelLayout, rows: EncodedDataset, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
-    """Predict the logits of rows without placement.
+    """Predict the logits of rows as in serving, without placement features.
 
     Args:
         model: Model that predicts.

@@ -1,12 +1,16 @@
 """Intervals of metrics and of differences between models, by a bootstrap over users.
 
-Rows of one user are correlated, so the bootstrap draws whole users with replacement, as many as there are (Efron and
-Tibshirani, 1993). Intervals of metrics use percentiles, Student's distribution if few users carry the weight, and
-Jeffreys' method for fractions. Models that are compared use the same draws, so shared variation cancels. Intervals of
-differences are Student's.
+Rows of one user are correlated, so the bootstrap draws whole users with replacement. A resample draws as many users as
+there are (Efron and Tibshirani, 1993).
 
-Users count less if few of them have most of the rows, weight or positive labels. The effective number of users is (sum
-of sizes)^2 / sum of sizes^2 (Kish, 1965).
+The interval of a metric consists of percentiles of the resampled values, with two exceptions. Fractions, such as AUC,
+have Jeffreys' interval. If few users have most of the weight, other metrics have Student's t interval.
+
+Differences between models have Student's t interval. All models are measured on the same resamples, so the variation
+that models share cancels in a difference.
+
+Users of unequal size give less information than as many users of equal size. The effective number of users is
+(sum of sizes)^2 / sum of sizes^2 (Kish, 1965). The size of a user is the number of rows, weight or positive labels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +32,10 @@ ALPHA = 0.05
 FEW_USERS = 30
 """Effective number of users below which percentile intervals are too narrow."""
 MIN_DEGREES_OF_FREEDOM = 0.5
-"""Degrees of freedom below which an interval would be meaningless."""
+"""Degrees of freedom (effective number of users - 1) below which an interval would be meaningless."""
 _ENTRIES_PER_CHUNK = 2_000_000
 _MIN_DEFINED_FRACTION = 0.95
-ROUNDING = 1e-9  # relative difference that counts as rounding
+ROUNDING = 1e-9  # relative difference of two values up to which it counts as a rounding error
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Difference:
 
     @property
     def is_significant(self) -> bool:
-        """Whether the difference is significant after the correction."""
+        """Whether the corrected p-value is below `ALPHA`."""
         return self.corrected_p_value is not None and self.corrected_p_value < ALPHA
 
     @property
@@ -122,7 +126,10 @@ def draw_user_counts(users: int, resamples: int, seed: int) -> Iterator[np.ndarr
 
 
 def effective_sample_size(sizes: np.ndarray) -> float:
-    """Return the number of equal parts with as much information as parts of these sizes (Kish, 1965), at least 1."""
+    """Return how many users of equal size give as much information as users of these sizes (Kish, 1965).
+
+    The result is 1 if all sizes are 0.
+    """
     squares = float((sizes**2).sum())
     return float(sizes.sum()) ** 2 / squares if squares else 1.0
 
@@ -145,7 +152,7 @@ class Estimate:
         """Return the number with its 95% interval.
 
         There is no interval for a single user, or if one user has nearly all of the weight. Neither is there one if the
-        number is undefined in more than 5% of the resamples, because the other resamples would be biased.
+        number is undefined in more than 5% of the resamples, because the remaining resamples are a biased selection.
 
         Args:
             is_fraction: Whether the number is a fraction, or a mean of values between 0 and 1.
@@ -164,10 +171,11 @@ class Estimate:
         return Interval(self.value, float(low), float(high))
 
     def _fraction_interval(self, standard_error: float) -> Interval:
-        """Return Jeffreys' interval (Brown, Cai and DasGupta, 2001) for the number of trials with the same variance.
+        """Return Jeffreys' interval of a binomial proportion (Brown, Cai and DasGupta, 2001).
 
-        Korn and Graubard (1998) derive the number of trials. If all users, or groups of users, agree, the trials are
-        the users.
+        The number of binomial trials is chosen such that the proportion has the bootstrap's standard error (Korn and
+        Graubard, 1998). If the value is the same for all users, the standard error is 0, and the number of trials is
+        the effective number of users.
         """
         value, trials = min(max(self.value, 0.0), 1.0), self.effective_users
         if standard_error > ROUNDING and 0 < value < 1:
@@ -196,7 +204,7 @@ def bootstrap(
 ) -> dict[Any, Estimate]:
     """Estimate numbers with bootstrap replicates over users.
 
-    All numbers of one call use the same resamples, so compute numbers to compare in one call.
+    All numbers of one call use the same resamples. Compute numbers that you want to compare in one call.
 
     Args:
         compute: Function from counts (U, R), the number of draws of each user, to numbers (R,).
@@ -223,7 +231,8 @@ def compute_difference(
     Args:
         mine: Estimate of the model.
         other: Estimate of the reference model.
-        extra_variances: Variances besides the choice of users, with degrees of freedom, see `combine_variances`.
+        extra_variances: Variances from other sources than the sample of users, such as the runs of a training. Each
+            is a pair of variance and degrees of freedom, see `combine_variances`.
     """
     tolerance = rounding_tolerance(mine.value, other.value)
     effective_users = min(mine.effective_users, other.effective_users)
@@ -240,7 +249,7 @@ def compute_difference(
             [*extra_variances, (0.0 if standard_error <= tolerance else standard_error**2, freedom)]
         )
     if standard_error <= tolerance:
-        # A nonzero difference without variation has too few resamples or users for an interval.
+        # If a nonzero difference is the same in all resamples, there are too few resamples or users for an interval.
         return Difference(value) if value else Difference(value, value, value, 0.0, None, 1.0)
     half_width = float(student.ppf(1 - ALPHA / 2, freedom) * standard_error)
     p = float(2 * student.sf(abs(value) / standard_error, freedom))

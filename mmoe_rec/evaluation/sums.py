@@ -1,9 +1,11 @@
-"""Sums of rows for each user, which are all that metrics need, because intervals resample users.
+"""Sum the rows of each user. Metrics and their intervals need only these sums, because the bootstrap resamples users.
 
-If there are more than `MAX_BOOTSTRAP_UNITS` users, the bootstrap resamples groups of users by a hash, so that a
-resample costs no more. Groups are as independent of each other as users are, and vary as much as their users do.
+If there are more than `MAX_BOOTSTRAP_UNITS` users, the bootstrap resamples groups of users instead, which limits the
+time and memory of a resample. The hash of a user determines the group. Groups are therefore as independent of each
+other as users are, and the variance of a total over all users stays the same.
 
-AUC and average precision depend on the order of all rows, so the rows of a binary task are binned by prediction.
+AUC and average precision depend on the order of all rows, which a sum per user doesn't hold. The rows of a binary task
+are therefore also summed by bins of the prediction.
 """
 
 import re
@@ -41,12 +43,13 @@ WEIGHT_RULE: ValueRule = ("a positive number, 1e-50 to 1e50", lambda values: (va
 
 @dataclass(frozen=True)
 class MeasuredTask:
-    """A predicted behavior, as the metrics see it.
+    """The properties of a task that its metrics depend on.
 
     Attributes:
         name: Letters, digits, `_` and `-`, because the name becomes part of metric and file names.
         kind: Kind of the task, or its name.
-        weight: Weight in the score, and so in a row's relevance for NDCG and MRR.
+        weight: Weight of the task in the score. Its label has the same weight in a row's relevance, which NDCG and MRR
+            use.
     """
 
     name: str
@@ -70,27 +73,35 @@ class EvaluationSums:
 
     Attributes:
         tasks: The measured tasks.
-        tables: Tables by name. Their rows are sorted by key. The column `user` (int64 or string) holds the unit. Counts
-            are int64, all else is float64.
+        tables: Tables by name, as listed below. Their rows are sorted by key. The column `user` (int64 or string) holds
+            the unit. Counts and digests are int64, other sums are float64.
 
-            `ranking` has one row for each unit. `rows`, `requests` and `users` are counts. `digest` differs if
-            requests, candidates or weights differ. A request that ranks nothing counts in the first column that
-            applies: `requests_of_one_row`, `requests_without_relevant_row` or `requests_of_equal_relevance`. All others
-            count in `ranked_requests`. Over these it holds the sums of the score's metrics, and of `random_ndcg` (mean
-            NDCG@10 of all orders).
+    `ranking` has one row for each unit, with these columns:
 
-            `TASK.users` has one row for each unit with an observed label: `rows`, `digest` (with the labels), the
-            weighted sums `weight`, `label` and `prediction`, and `positives` of a binary task. It also holds the
-            columns of `ranking` for requests ranked by the task's prediction, and the sums of the task's metrics.
+    - `rows`, `requests`, `users`: Counts.
+    - `digest`: Sum of hashes, which differs if requests, candidates or weights differ.
+    - `requests_of_one_row`, `requests_without_relevant_row`, `requests_of_equal_relevance`: Numbers of requests for
+      which all orders are equally good. A request counts in the first column that applies.
+    - `ranked_requests`: Number of all other requests.
+    - `random_ndcg`: Sum over ranked requests of the mean NDCG@10 of all orders.
+    - Metrics of the score, such as `mrr`: Sums over ranked requests.
 
-            `TASK.bins` has one row for each unit and `bin` of rising prediction, for binary tasks: `rows`, `positives`,
-            and the weighted sums `label`, `negative` (rows with label 0) and `prediction`.
+    `TASK.users` has one row for each unit with an observed label of the task:
 
-            `TASK.counts` has the weights of `positive` and `negative` rows for each predicted `value`, for binary
-            tasks.
+    - `rows`: Number of rows with an observed label.
+    - `digest`: Sum of hashes, which also differs if labels differ.
+    - `weight`, `label`, `prediction`: Weighted sums.
+    - `positives`: Number of positive labels of a binary task.
+    - The columns of `ranking` that concern requests, for requests ranked by the task's prediction.
+    - Further sums that metrics of the task define in `Metric.measure`.
 
-            `catalog` has one row for each `candidate`, if candidates were given: `rows`, and for each cutoff the
-            number of times that it is shown, and the logarithm of the probability that it never is (`exposure_by_row`).
+    Binary tasks have two more tables. `TASK.bins` has one row for each unit and `bin` of rising prediction. Its columns
+    are the counts `rows` and `positives`, and the weighted sums `label`, `negative` (rows with label 0) and
+    `prediction`. `TASK.counts` has the weights of `positive` and `negative` rows for each predicted `value`.
+
+    `catalog` has one row for each `candidate`, if the rows have candidate IDs. `rows` is the number of rows. For each
+    cutoff, two columns hold the number of times that the candidate is shown, and the log probability that it is never
+    shown (`exposure_by_row`).
     """
 
     tasks: tuple[MeasuredTask, ...]
@@ -113,9 +124,15 @@ class EvaluationSums:
 
 @dataclass(frozen=True)
 class _Rows:
-    """N rows: indices of users, requests and units, with weights and keys.
+    """N rows of an evaluation. All arrays except `units` have shape (N,).
 
-    A key (N,) uint64 differs if the request, candidate or weight differs.
+    Attributes:
+        user: Index of the user.
+        request: Index of the request.
+        unit: Index into `units`.
+        units: Users, or groups of users, that the bootstrap resamples.
+        weight: Weight of the row.
+        key: Hash of request, candidate and weight, uint64.
     """
 
     user: np.ndarray
@@ -131,16 +148,16 @@ class PredictedRows:
     """N rows of any order, with the predictions of a model or of another system.
 
     Attributes:
-        tasks: Predicted tasks; their weights say what a row is worth.
+        tasks: Predicted tasks. Their weights define the relevance of a row, see `sum`.
         users: (N,) integers or strings.
         requests: (N,) integers or strings. A request belongs to one user.
-        candidates: (N,) integers or strings, None if unknown: then nothing is said of the catalog.
-        predictions: Task name -> (N,) probabilities (binary; near 0 and 1 see `Logloss`) or values (regression).
-        labels: Task name -> (N,) 0 or 1 (binary) or values (regression), NaN where unobserved.
+        candidates: (N,) integers or strings. None if unknown, then there are no metrics of the catalog.
+        predictions: Task name -> predictions (N,): probabilities of a binary task, or numbers of a regression.
+        labels: Task name -> labels (N,): 0 or 1 of a binary task, or numbers of a regression. NaN if unobserved.
         score: (N,) ranking score, higher is better.
-        weight: (N,) positive weights, such as 1 / the rate a row was sampled at, None if all rows count alike. A row
-            counts by them in all metrics of a task, but not in a request's ranking, where requests count alike.
-        row: (N,) numbers of the rows in their log, if it has no candidates.
+        weight: (N,) positive weights, such as 1 / sampling rate of the row. None weights all rows equally. Metrics over
+            the rows of a task use the weights. Metrics of ranked requests ignore them, so requests count equally.
+        row: (N,) row numbers in the log, for rows of a log without candidates. None for other rows.
     """
 
     tasks: tuple[MeasuredTask, ...]
@@ -157,8 +174,8 @@ class PredictedRows:
         """Sum the inputs of all metrics, by user or group of users.
 
         The relevance of a row for NDCG and MRR is max(0, sum over tasks of task weight x label). Unobserved labels and
-        negative labels of a regression count as 0. A request of one row, or with rows of equal relevance, ranks
-        nothing, because every order is as good. NDCG and MRR leave it out, and it is counted.
+        negative labels of a regression count as 0. If a request has one row, or rows of equal relevance, all orders are
+        equally good. NDCG and MRR leave such requests out, and the sums count them.
 
         Args:
             grouped: Whether units are groups of users, None for groups if there are more than `MAX_BOOTSTRAP_UNITS`
@@ -189,10 +206,10 @@ class PredictedRows:
         return EvaluationSums(self.tasks, tables)
 
     def with_predictions(self, predictions: Mapping[str, np.ndarray], score: np.ndarray) -> "PredictedRows":
-        """Return the same rows with predictions of another model, which may lack tasks.
+        """Return the same rows with predictions of another model.
 
         Args:
-            predictions: Task -> predictions (N,).
+            predictions: Task -> predictions (N,). Tasks without predictions are left out of the result.
             score: Ranking score, shape (N,).
         """
         tasks = tuple(task for task in self.tasks if task.name in predictions)
@@ -270,9 +287,13 @@ def describe_row_mismatch(sums: EvaluationSums, base: EvaluationSums) -> str | N
 
 
 def hash_to_group(users: np.ndarray) -> np.ndarray:
-    """Return the group, (N,) int64 below `MAX_BOOTSTRAP_UNITS`, of each user's hash (N,) uint64.
+    """Assign users to groups by the leading bits of their hashes.
 
-    The group rises with the hash.
+    Args:
+        users: Hashes of the users, shape (N,) uint64.
+
+    Returns:
+        Groups from 0 to `MAX_BOOTSTRAP_UNITS` - 1, shape (N,) int64. A larger hash never has a smaller group.
     """
     return (users >> np.uint64(64 - (MAX_BOOTSTRAP_UNITS - 1).bit_length())).astype(np.int64)
 
@@ -317,8 +338,8 @@ def _task_tables(task: MeasuredTask, rows: _Rows, predictions: np.ndarray, label
     sums = {"rows": np.ones(len(label), dtype=np.int64)}
     sums |= {"positives": label.astype(np.int64)} if task.kind.is_binary else {}
     sums |= {"weight": weight, "label": weight * label, "prediction": weight * prediction}
-    # Labels with fractions are equal if they are equal in single precision, whole numbers (such as times) only if
-    # they are equal in double precision. Adding 0.0 turns -0 into 0.
+    # The digest compares fractional labels in single precision, and whole numbers, such as times, in double
+    # precision. Adding 0.0 turns -0 into 0, which has other bits.
     rounded_label = np.where(label == np.rint(label), label, label.astype(np.float32)) + 0.0
     task_sums = {"digest": _digest(combine_hashes([key, rounded_label.view(np.uint64)]))}
     task_sums |= _measure_own(
@@ -332,7 +353,7 @@ def _task_tables(task: MeasuredTask, rows: _Rows, predictions: np.ndarray, label
     if task.kind.is_binary:
         edges = bin_edges(*counts_by_value(prediction, label, 1 - label))
         bins = {"user": units, "bin": np.searchsorted(edges, prediction, side="right")}
-        # Store the weight of negative rows, because a difference of total and positive weights loses small weights.
+        # Store the weight of negative rows. Total minus positive weight would lose small weights by rounding.
         del sums["weight"]
         negative = weight * (1 - label)
         tables[f"{task.name}.bins"] = _sum_by({**bins, **sums, "negative": negative}, _KEYS)
@@ -341,7 +362,13 @@ def _task_tables(task: MeasuredTask, rows: _Rows, predictions: np.ndarray, label
 
 
 def _sums_of_lists(kind: str, lists: RankedRequests, taken: Iterable[str]) -> dict[str, np.ndarray]:
-    """Return sums by request, name -> (Q,), of the score or a task. `taken` are names of other sums."""
+    """Return the columns of a table that concern its Q requests: name -> value of each request, (Q,).
+
+    Args:
+        kind: Kind of the task, or `score`.
+        lists: Requests, ranked by the score or by the task's prediction.
+        taken: Names of the table's other columns, which metrics may not use.
+    """
     uninformative = find_uninformative_requests(lists)
     ranked = ~np.any(list(uninformative.values()), axis=0)
     counted = {f"requests_{reason}": is_left_out for reason, is_left_out in uninformative.items()} | {
@@ -355,7 +382,7 @@ def _sums_of_lists(kind: str, lists: RankedRequests, taken: Iterable[str]) -> di
 
 
 def _measure_own(metrics: Iterable[Metric[Any]], rows: Any, taken: Iterable[str]) -> dict[str, np.ndarray]:
-    """Return the sums that metrics define themselves. `taken` are names of other sums."""
+    """Return the sums that metrics define in `Metric.measure`, or raise ValueError if a name is in `taken`."""
     columns: dict[str, np.ndarray] = {}
     for metric in metrics:
         metric_columns = metric.measure(rows)
@@ -368,7 +395,10 @@ def _measure_own(metrics: Iterable[Metric[Any]], rows: Any, taken: Iterable[str]
 
 
 def _gain(tasks: Iterable[tuple[float, np.ndarray]], rows: int) -> np.ndarray:
-    """Return relevance (N,), rounded to 12 digits so that 0.1 + 0.2 - 0.3 is 0."""
+    """Return the relevance (N,) of rows. `tasks` are pairs of weight and labels (N,).
+
+    The relevance is rounded to 12 digits, so that a sum such as 0.1 + 0.2 - 0.3 is exactly 0.
+    """
     gain, size = np.zeros((2, rows))
     for weight, labels in tasks:
         worth = weight * np.maximum(np.nan_to_num(labels, nan=0.0), 0.0)
@@ -379,7 +409,7 @@ def _gain(tasks: Iterable[tuple[float, np.ndarray]], rows: int) -> np.ndarray:
 
 
 def _digest(keys: np.ndarray) -> np.ndarray:
-    """Return 32 bits of uint64 hashes as (N,) int64, so that billions of rows add up without overflow."""
+    """Shorten hashes (N,) uint64 to 32 bits, as int64, so that hashes of billions of rows add up without overflow."""
     return (keys >> np.uint64(32)).astype(np.int64)
 
 

@@ -1,7 +1,7 @@
-"""Trade-offs between tasks by the weights of tasks in the score.
+"""Choose the weights of tasks in the score, which trade the ranking of one task for that of another task.
 
-The score is the sum of weight x log prediction, so only ratios of weights matter. Weights sum to 1 here. A ranking
-serves a task by the NDCG@10 of rows whose relevance is the label of that task alone.
+The score is the sum over tasks of weight x log prediction, so only ratios of weights matter. Here, weights sum to 1. A
+ranking is measured for each task separately, by NDCG@10 with the label of this task alone as the relevance.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from mmoe_rec.settings.sections import Settings
 
 NDCG = "ndcg_at_10"
 _STEPS = {2: 20, 3: 8, 4: 5}
-"""Number of tasks -> steps of the grid from 0 to 1. The default is 2 steps."""
+"""Number of tasks -> number of steps between the weights 0 and 1 of the grid. For more tasks, there are 2 steps."""
 _MIN_PROBABILITY = 1e-38  # smallest probability in a product, as in a model's score
 Weights = tuple[float, ...]
 
@@ -29,16 +29,17 @@ Weights = tuple[float, ...]
 def choose_weights(
     settings: Settings, goal: str, margins: Mapping[str, float], sources: Sequence[str] | None = None
 ) -> Report:
-    """Choose weights of the tasks on validation rows, and report the rankings of test rows.
+    """Choose weights of the tasks on validation rows, and report their effect on test rows.
 
     Args:
         settings: Settings with the tasks.
-        goal: Task to serve better.
-        margins: Other tasks -> NDCG@10 that they may lose (default: `evaluation.max_metric_drop`).
-        sources: Predictions of validation and test rows, None for files in `data.work_dir`.
+        goal: Task whose NDCG@10 should increase.
+        margins: Other task -> largest allowed loss of its NDCG@10 (default: `evaluation.max_metric_drop`).
+        sources: Prediction files of the validation rows and of the test rows. None for the files that `evaluate` wrote
+            to `data.work_dir`.
 
     Raises:
-        UserError: A task is unknown, or no weights can rank the rows.
+        UserError: A task is unknown, there is only one task, or each request has only one row.
     """
     tasks = list(settings.tasks)
     if len(tasks) < 2:
@@ -91,7 +92,7 @@ def choose_weights(
 
 
 def make_grid(deployed: Sequence[float]) -> list[Weights]:
-    """Return weights that sum to 1: the deployed weights first, then a grid.
+    """Return weightings that sum to 1: the settings' own weights (`deployed`) first, then a grid.
 
     Raises:
         UserError: No deployed weight is positive, or a weight is negative.
@@ -110,11 +111,11 @@ def make_grid(deployed: Sequence[float]) -> list[Weights]:
 
 
 class WeightSweep:
-    """NDCG@10 of T tasks by P rankings.
+    """NDCG@10 of T tasks in the rankings by P weightings. Weighting 0 has the settings' own (deployed) weights.
 
     Attributes:
         tasks: Names of the tasks.
-        values: NDCG@10, shape (P, T) float64, NaN if no request ranks anything.
+        values: NDCG@10, shape (P, T) float64. NaN if no request has rows whose labels of the task differ.
     """
 
     def __init__(self, rows: PredictedRows, tasks: Sequence[str], weights: Sequence[Weights], resamples: int) -> None:
@@ -148,18 +149,18 @@ class WeightSweep:
         self.values = np.array([[self._resampled[n, task].value for task in tasks] for n in range(len(weights))])
 
     def compare_with_deployed(self, number: int) -> dict[str, Difference]:
-        """Return the difference in each task's NDCG@10 between weights and the deployed weights."""
+        """Return the difference in each task's NDCG@10 between weighting `number` and the deployed weights."""
         return {
             task: compute_difference(self._resampled[number, task], self._resampled[0, task]) for task in self.tasks
         }
 
     def choose(self, goal: str, margins: Mapping[str, float]) -> int:
-        """Choose the number of the weights that serve a task best.
+        """Return the number of the weighting that ranks best for a task, without too large a loss of other tasks.
 
         Args:
-            goal: Task to serve.
-            margins: Other tasks -> NDCG@10 that they may lose against the deployed weights. The interval of the loss
-                must not exceed it.
+            goal: Task whose NDCG@10 should be highest.
+            margins: Other task -> largest allowed loss of its NDCG@10, compared with the deployed weights. The whole
+                95% interval of the loss must be within this limit.
         """
         values, best = self.values[:, self.tasks.index(goal)], 0
         for number in range(1, len(values)):

@@ -10,7 +10,7 @@ from mmoe_rec.evaluation.metrics import task_metrics
 from mmoe_rec.evaluation.metrics.metric import Metric
 
 CUTOFFS = (5, 10)
-"""Numbers of first rows for the metrics at a cutoff."""
+"""Values of K for metrics of the first K rows, such as NDCG@K."""
 
 METRICS: tuple[Metric[Any], ...] = (
     task_metrics.Auc(),
@@ -33,7 +33,7 @@ CATALOG_METRICS = tuple(
     for metric in (ranking.coverage, ranking.gini, ranking.novelty)
     for cutoff in CUTOFFS
 )
-"""Metrics of all requests together, for rows with candidates."""
+"""Metrics of the candidates that all requests show together. They need candidate IDs."""
 
 
 def metrics_for_kind(kind: str) -> list[Metric[Any]]:

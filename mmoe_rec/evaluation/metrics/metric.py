@@ -1,8 +1,10 @@
 """Base classes of metrics, and the inputs of metrics.
 
-`measure` turns rows into sums for each user, and `summarize` computes the value from the sums. Intervals resample
-users, so `summarize` computes R resamples at once, in which a user counts as often as it was drawn. A resample that
-counts each user once gives the metric itself.
+A metric is computed in two steps. `measure` turns rows into contributions, which are added up for each user.
+`summarize` computes the metric from the sums of the users.
+
+Intervals resample users, so `summarize` computes the metric in R resamples at once. In a resample, the sums of a user
+count as often as the user was drawn. The resample that draws each user once gives the value of the metric.
 """
 
 import math
@@ -52,16 +54,22 @@ class Metric(BaseMetric, Generic[Measured]):
     """Metric of the rows of tasks (`Metric[TaskRows]`), or of ranked lists (`Metric[RankedRequests]`)."""
 
     kinds: Sequence[str]
-    """Kinds of tasks that have the metric, or `score`. Other kinds share metrics by `TaskKind.metrics_kind`."""
-    required_sums: Sequence[str] = ()
-    """Sums that `summarize` reads: from `measure`, from other metrics, or from `EvaluationSums` (`weight`, `label`)."""
-    is_ranking_metric: bool = False
-    """Whether a metric of tasks measures ranked lists, as metrics of the score always do.
+    """Kinds of tasks that have the metric. `score` in this list means that the score has the metric.
 
-    A list has the rows of a request by falling prediction, and a row's gain is its label, or 0 if that is negative.
+    A kind whose name is not in any list has the metrics of its `TaskKind.metrics_kind`.
+    """
+    required_sums: Sequence[str] = ()
+    """Names of the sums that `summarize` reads.
+
+    They come from `measure` of this metric or another metric, or are columns of `EvaluationSums`, such as `weight`.
+    """
+    is_ranking_metric: bool = False
+    """Whether the metric of a task measures requests as ranked lists. Metrics of the score always do.
+
+    The rows of a list are sorted by falling prediction of the task. The relevance of a row is max(0, label).
     """
     is_within_group: bool = False
-    """Whether it measures rankings within users or requests, which need more than one row."""
+    """Whether the metric compares rows of the same user or request. It is undefined if each user has only one row."""
     has_interval: bool = True
     is_fraction: bool = False
     """Whether it is a mean of values between 0 and 1."""
@@ -71,16 +79,17 @@ class Metric(BaseMetric, Generic[Measured]):
         return kind in self.kinds or (kind in KINDS and KINDS[kind].metrics_kind in self.kinds)
 
     def is_shown(self, of_score: bool) -> bool:
-        """Return whether tables show the metric for the score, or for tasks.
+        """Return whether the main tables show the metric for the score (`of_score`), or else for tasks.
 
-        Tasks show GAUC as their only ranking metric.
+        For tasks, they hide metrics of ranked lists. GAUC is enough to show how well a task ranks.
         """
         return self.is_headline and (of_score or not self.is_ranking_metric)
 
     def measure(self, rows: Measured) -> dict[str, np.ndarray]:
-        """Return the metric's own sums, if any.
+        """Return contributions to the sums that this metric defines, empty if it only reads other sums.
 
-        They are contributions by name, of each row (N,) of a task, or of each request (Q,).
+        Returns:
+            Name of the sum -> contribution of each row of a task, (N,), or of each ranked request, (Q,).
         """
         return {}
 
@@ -89,7 +98,7 @@ class Metric(BaseMetric, Generic[Measured]):
         """Compute the value in each resample, shape (R,) float64. It is NaN if undefined."""
 
     def details(self, sums: "UserSums", resamples: int) -> dict[str, Any]:
-        """Return further entries of the summary.
+        """Return entries for `GroupSummary.details`, such as the bins of a plot.
 
         Args:
             sums: Sums of the users.
@@ -147,11 +156,11 @@ class UserSums:
     """Sums of a task or the score, for U users or groups of users that resamples draw.
 
     Attributes:
-        users: Ids of the users or groups.
+        users: IDs of the users or groups.
         is_score: Whether the sums belong to the score.
-        table: Table of sums.
-        bins: Table of bins, for binary tasks.
-        counts: Table of counts by predicted value, for binary tasks.
+        table: Table `ranking` or `TASK.users` of `EvaluationSums`.
+        bins: Table `TASK.bins` of a binary task, else None.
+        counts: Table `TASK.counts` of a binary task, else None.
     """
 
     def __init__(self, metrics: Sequence[Metric[Any]], tables: Mapping[str, pa.Table], task: str | None) -> None:
@@ -189,16 +198,17 @@ class UserSums:
         return made
 
     def resamples(self, counts: np.ndarray) -> "Resamples":
-        """Return the sums in R resamples that draw users `counts` (U, R) float64 times."""
-        # A single matrix product for all sums reads the counts once.
+        """Return the sums in R resamples. `counts` (U, R) float64 says how often each resample draws each user."""
+        # One matrix product for all sums is fast, because it reads the large `counts` only once.
         return Resamples(self, counts, dict(zip(self._totals, self._values @ counts, strict=True)))
 
     @cached_property
     def effective_users(self) -> dict[str, float]:
-        """Effective number of users of each metric with an interval.
+        """Effective number of users of each metric with an interval, see `effective_sample_size`.
 
-        The number is the minimum over sums of the users. Ranking metrics use rows and ranked requests. Other metrics
-        use rows, weight and the labels of both classes.
+        The number is computed for several sizes of a user, and the minimum counts. Ranking metrics and metrics of the
+        score use two sizes: the numbers of rows and of ranked requests. Other metrics use the number of rows and the
+        weight, and for binary tasks also the weights of positive and of negative rows.
         """
         of_lists = [self.column("rows"), self.column("ranked_requests")]
         of_rows = of_lists[:1] if self.is_score else [of_lists[0], self.column("weight")]

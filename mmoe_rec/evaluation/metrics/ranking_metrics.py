@@ -1,12 +1,12 @@
-"""Ranking metrics of the score, or of a task's prediction, and metrics of the catalog that requests show together.
+"""Ranking metrics of the score or of a task's prediction, and metrics of the catalog (the set of all candidates).
 
-Ranking metrics are means over requests whose rows differ in relevance. NDCG uses graded relevance, and the other
-metrics use binary relevance. The catalog is the set of all candidates.
+Ranking metrics measure the order of the rows of a request. They are means over requests whose rows differ in relevance.
+NDCG uses graded relevance. The other ranking metrics use binary relevance: a row with a positive gain is relevant.
+Catalog metrics measure which candidates all requests show together.
 
-The metrics are computed for all requests at once, without a Python loop. They are sums over requests and over *runs*,
-which are rows of a request with equal scores. Rows of a run have no order, so each metric is its expected value over a
-random order of the run, and no metric can gain from ties. Results for ranked lists are (Q,) float64 in [0, 1], and NaN
-for a request without a relevant row.
+All requests are computed at once, without a Python loop. Rows of a request with equal scores form a *run*. Their order
+is arbitrary, so each metric is its expected value over random orders of the run, and ties can't improve a metric.
+Results for Q ranked lists are (Q,) float64 in [0, 1], and NaN for a request without a relevant row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -75,7 +75,7 @@ class RankingMetric(Ratio[RankedRequests]):
 
         Args:
             name: Name of the metric.
-            of_list: Function from ranked lists to values (Q,) float64. Requests that rank nothing may have NaN.
+            of_list: Function from Q ranked lists to values (Q,) float64. Requests without a relevant row may have NaN.
             is_headline: Whether the table on the terminal has the metric.
         """
         self.name, self._of_list, self.is_headline = name, of_list, is_headline
@@ -86,7 +86,7 @@ class RankingMetric(Ratio[RankedRequests]):
 
 
 def make_ranking_metrics(cutoffs: Sequence[int]) -> Iterator[RankingMetric]:
-    """Yield all ranking metrics. Metrics of the first rows are repeated for each cutoff."""
+    """Yield all ranking metrics. Metrics of the first K rows, such as NDCG@K, are yielded for each cutoff K."""
     for cutoff in cutoffs:
         yield RankingMetric(f"ndcg_at_{cutoff}", partial(ndcg, cutoff=cutoff))
     yield RankingMetric("mrr", reciprocal_rank)
@@ -159,7 +159,7 @@ def _discount_before(cutoff: int) -> np.ndarray:
 
 def _ideal_dcg(lists: RankedRequests, cutoff: int) -> np.ndarray:
     """Return the DCG of the best order, shape (Q,)."""
-    # Sorting within requests leaves `request` and `position`, which depend on list lengths only, as they are.
+    # `request` and `position` depend on the lengths of lists only, so they also hold for rows sorted by gain.
     gain = lists.gain[np.lexsort((-lists.gain, lists.request))]
     discount_before = _discount_before(cutoff)
     discount = np.diff(discount_before, append=discount_before[-1])[np.minimum(lists.position, cutoff)]
@@ -190,10 +190,11 @@ def reciprocal_rank(lists: RankedRequests) -> np.ndarray:
 
 
 def average_precision(lists: RankedRequests) -> np.ndarray:
-    """Compute the mean over relevant rows of the fraction of relevant rows among all rows up to and including the row.
+    """Compute the mean precision at the positions of relevant rows.
 
-    In a run of n rows with r relevant ones, each row is relevant with probability r / n. If the j-th row is relevant,
-    (j - 1) (r - 1) / (n - 1) relevant rows precede it in the run, on average.
+    The precision at a position is the fraction of relevant rows among the rows up to and including this position. In a
+    run of n rows with equal scores and r relevant rows, each row is relevant with probability r / n. If the j-th row is
+    relevant, (j - 1) (r - 1) / (n - 1) relevant rows precede it in the run, on average.
     """
     run_relevant, run_request = _relevant(lists), lists.request[run_starts(lists.run)]
     total = np.bincount(run_request, run_relevant, lists.requests)
@@ -236,7 +237,8 @@ def hit_rate(lists: RankedRequests, cutoff: int) -> np.ndarray:
     """
     run_relevant, run_request = _relevant(lists), lists.request[run_starts(lists.run)]
     inside, length = _inside(lists, cutoff), lists.run_length
-    # Of the run's rows, those inside are all irrelevant in C(n - r, inside) of C(n, inside) cases.
+    # `inside` of the n rows of a run are among the first `cutoff` rows. If r rows of the run are relevant, the rows
+    # inside are all irrelevant in C(n - r, inside) of C(n, inside) cases.
     log_missed = _log_choose(length - run_relevant, inside) - _log_choose(length, inside)
     missed = np.exp(np.bincount(run_request, log_missed, lists.requests))
     total = np.bincount(run_request, run_relevant, lists.requests)
@@ -261,8 +263,8 @@ def _log_choose(n: np.ndarray, k: np.ndarray) -> np.ndarray:
 class CatalogMetric(BaseMetric):
     """Metric of the first `cutoff` rows of all requests together, without an interval.
 
-    A candidate is shown as often as it is among the first rows of a request. If ties reach beyond the first rows, it
-    counts by its probability in a random order.
+    A candidate is shown each time that it is among the first `cutoff` rows of a request. If rows with equal scores lie
+    on both sides of the cutoff, a candidate counts as its probability of being shown in a random order.
     """
 
     def __init__(
@@ -298,7 +300,7 @@ def coverage(shown: np.ndarray, log_missed: np.ndarray, listed: np.ndarray) -> f
     """Compute the fraction of the catalog that is shown (Ge, Delgado-Battenfeld and Jannach, 2010).
 
     Args:
-        shown: Number of times that a candidate is shown, shape (C,).
+        shown: Number of times that each of C candidates is shown, shape (C,).
         log_missed: Log probability that the candidate is never shown, shape (C,).
         listed: Fraction of requests with the candidate in their list, shape (C,).
     """
@@ -333,15 +335,15 @@ def novelty(shown: np.ndarray, log_missed: np.ndarray, listed: np.ndarray) -> fl
 
 
 def exposure_by_row(lists: RankedRequests, cutoffs: Sequence[int]) -> dict[str, np.ndarray]:
-    """Compute the contributions of rows to the sums of their candidates.
+    """Compute the contributions of rows to the table `catalog` of `EvaluationSums`, which adds them up by candidate.
 
     Args:
         lists: Ranked lists.
-        cutoffs: Numbers of first rows.
+        cutoffs: Numbers K of first rows that are shown.
 
     Returns:
-        `shown_at_K`, the probability of being among the first K rows, and `log_missed_at_K`, the log of the opposite
-            probability. Each has shape (N,) in the original order of the rows.
+        For each K, `shown_at_K` is the probability that the row is among the first K rows. `log_missed_at_K` is the log
+            of the opposite probability. Each has shape (N,) in the original order of the rows.
     """
     columns: dict[str, np.ndarray] = {}
     for cutoff in cutoffs:

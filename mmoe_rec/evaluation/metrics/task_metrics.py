@@ -1,9 +1,11 @@
 """Metrics of tasks over observed rows: ranking and calibration of binary tasks, and errors of regressions.
 
-GAUC is the mean AUC of groups with both classes, weighted by their observed rows (Zhou et al., 2018). Rows with weights
-count by their weights. All metrics are exact. If there are more than `MAX_BINS` predicted values, AUC and average
-precision in resamples come from bins, as if rows of a bin were ties. A constant corrects for the effect of the bins on
-all rows (`BinnedRows`).
+GAUC is the mean AUC of groups (users or requests) with both classes, weighted by their observed rows (Zhou et al.,
+2018). If rows have weights, a row contributes to each metric in proportion to its weight.
+
+The value of each metric is exact. Only AUC and average precision in resamples are approximations, if there are more
+than `MAX_BINS` different predictions. Predictions are then binned, and rows of one bin count as ties. Each resampled
+value is shifted by the difference between the exact and the binned value of all rows (`BinnedRows`).
 """
 
 from collections.abc import Callable
@@ -18,15 +20,22 @@ from mmoe_rec.evaluation.metrics.metric import Metric, Ratio, Resamples, TaskRow
 
 MAX_BINS = 4_096
 AreaFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Function from numbers of positive and negative rows by rising value, (B, ...) each, to areas (...)."""
-_ROUNDING = 1e-12  # relative to the mean square: rounding error of equal labels
+"""Function that computes the area under a curve, shape (...).
+
+The arguments are the weights of positive and of negative rows in B bins of rising prediction, (B, ...) each.
+"""
+_ROUNDING = 1e-12  # variance, as a fraction of the mean square, up to which labels count as equal
 _MIN_PROBABILITY = float(np.finfo(np.float32).eps)
 _TINY = np.finfo(float).tiny
 _DENSE_FROM = 0.05  # fraction of nonzero cells from which a dense matrix is faster
 
 
 class BinnedRows:
-    """Weights of rows of both classes, by user and bin of the predicted value, and by value."""
+    """Weights of a binary task's rows, from which areas under curves are computed in resamples of users.
+
+    Positive and negative rows are kept separately. Resamples use their weights by user and bin of the prediction. The
+    exact areas of all rows use their weights by predicted value.
+    """
 
     def __init__(self, sums: UserSums) -> None:
         assert sums.bins is not None  # only binary tasks have bins
@@ -36,7 +45,7 @@ class BinnedRows:
         both_classes = [sums.bins[name].to_numpy() for name in ("label", "negative")]
         bins, bin_index = np.unique(sums.bins["bin"].to_numpy(), return_inverse=True)
         shape, user = (len(bins), len(sums.users)), sums.index(sums.bins["user"])
-        # Single precision is exact for whole numbers below 2^24 only.
+        # A dense matrix is stored in single precision, which is exact only for whole numbers below 2^24.
         is_whole = all((class_weights == np.rint(class_weights)).all() for class_weights in both_classes)
         is_small = is_whole and np.bincount(bin_index, sum(both_classes), len(bins)).max(initial=0) < 2**24
         is_dense = is_small and len(bin_index) > _DENSE_FROM * shape[0] * shape[1]
@@ -84,16 +93,17 @@ def counts_by_value(
 def bin_edges(values: np.ndarray, positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
     """Return edges of bins of predicted values.
 
-    Each value has a bin if there are at most `MAX_BINS` values. Otherwise bins have about equal fractions of both
-    classes, so that they are narrow wherever a class has many rows, however rare positive rows are.
+    Each value has a bin of its own if there are at most `MAX_BINS` values. Otherwise the sum of a bin's fraction of all
+    positive rows and its fraction of all negative rows is about equal in all bins. Bins are therefore narrow wherever a
+    class has many rows, however rare positive rows are.
 
     Args:
-        values: Rising values, shape (V,).
+        values: Distinct predicted values in rising order, shape (V,).
         positives: Weights of positive rows, shape (V,).
         negatives: Weights of negative rows, shape (V,).
 
     Returns:
-        First value of each bin except for the first bin, shape (B - 1,).
+        First value of each of the B bins except for the first bin, shape (B - 1,).
     """
     if len(values) <= MAX_BINS:
         return values[1:]
@@ -148,7 +158,11 @@ class Gauc(Ratio[TaskRows]):
         self.required_sums = (f"{by}_auc", f"{by}_auc_weight")
 
     def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        """Return groups of a single class with their rows, and the weights of other groups with AUC x weight."""
+        """Return the sums of the weighted mean AUC of groups, and the groups that it leaves out.
+
+        A group with both classes contributes its weight, and AUC x weight. A group with a single class has no AUC, so
+        only the group and its rows are counted.
+        """
         group = getattr(rows, self.by)
         positives, negatives = rows.weight * rows.label, rows.weight * (1 - rows.label)
         count = int(group.max(initial=-1)) + 1
@@ -199,7 +213,7 @@ class NormalizedEntropy(Metric[TaskRows]):
 
     def summarize(self, resamples: Resamples) -> np.ndarray:
         rate = ratio(resamples["label"], resamples["weight"])
-        # Counts show whether both labels occur. Sums of the same weights may differ by rounding.
+        # Counts show whether both labels occur. Weighted sums can't show it, because they have rounding errors.
         has_both_classes = (
             (resamples["positives"] > 0) & (resamples["positives"] < resamples["rows"]) & (rate > 0) & (rate < 1)
         )
@@ -239,7 +253,11 @@ class ExpectedCalibrationError(Metric[TaskRows]):
 
 
 def _equal_bins(sums: UserSums) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return the bin of equal weight of each row in the table of bins, and the columns of that table."""
+    """Merge the bins of the table `TASK.bins` into ten bins of equal weight.
+
+    Returns:
+        Bin of each row of the table, and the columns of the table by name.
+    """
     assert sums.bins is not None  # only binary tasks have bins
     names = ("rows", "positives", "label", "negative", "prediction")
     columns = {name: sums.bins[name].to_numpy().astype(np.float64) for name in names}
@@ -250,7 +268,7 @@ def _equal_bins(sums: UserSums) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 def _calibration_bins(sums: UserSums, resamples: int) -> list[dict[str, Any]]:
     """Return a dict for each bin, with 95% intervals of observed rates over users (None for a single user).
 
-    Resamples keep the bins. Means are weighted.
+    The bins are the same in all resamples. Means and rates are weighted by the weights of the rows.
     """
     place, columns = _equal_bins(sums)
     if not len(place):
@@ -304,10 +322,11 @@ class RSquared(Metric[TaskRows]):
     name, kinds, better, required_sums = "r2", ("regression",), "higher", ("squared_error", "weight")
 
     def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        """Return the label of the user's first row, and weighted sums of distances and squared distances from it.
+        """Return weighted sums from which the variance of labels is computed without loss of precision.
 
-        The mean of squares minus the square of the mean would lose all digits if labels are large compared with their
-        standard deviation. For labels of 1.7e9 +- 100, float64 keeps none.
+        The sums are distances and squared distances of labels from the label of the unit's first row, which is returned
+        too. With sums of labels and of squared labels instead, the mean of squares minus the square of the mean would
+        lose all digits if labels are large compared with their standard deviation, such as 1.7e9 +- 100.
         """
         origin = rows.label[np.unique(rows.unit, return_index=True)[1]]
         distance = rows.label - origin[rows.unit]
@@ -331,7 +350,10 @@ class _Spread:
         self._sums = np.stack([weight, distance + moved * weight, squares + 2 * moved * distance + moved**2 * weight])
 
     def variance(self, counts: np.ndarray) -> np.ndarray:
-        """Return the variances (R,) for `counts` (U, R). Equal labels have 0, and no labels have NaN."""
+        """Return the variance of the labels in each of R resamples, shape (R,). `counts` has shape (U, R).
+
+        The variance is exactly 0 if all labels are equal, and NaN if there are no labels.
+        """
         weight, distance, squares = self._sums @ counts
         mean_square = ratio(squares, weight)
         variance = mean_square - ratio(distance, weight) ** 2
