@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             run(["promote", *arguments, "--challenger", "challenger"])
         except SystemExit as end:
-            if end.code != REFUSED_EXIT_CODE:  # A refusal is no failure: the current model keeps the alias.
+            if end.code != REFUSED_EXIT_CODE:  # A refusal is no failure: the challenger isn't better.
                 raise
     run(["refresh", *arguments])
 

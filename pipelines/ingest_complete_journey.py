@@ -194,7 +194,7 @@ def ingest(source: Path, out: Path, selection: Selection) -> dict[str, int]:
     """
     products = read_table(source / "products.parquet", PRODUCTS)
     demographics = read_table(source / "demographics.parquet", DEMOGRAPHICS)
-    # Labels come from all purchases, so that a selection has the same rows as the full log.
+    # Labels come from all purchases, so that the selected rows are the same as in the full log.
     all_purchases = find_purchases(read_table(source / "transactions.parquet", TRANSACTIONS))
     purchases = select_purchases(all_purchases, selection)
     counts = dict.fromkeys(("rows", "requests", "bought", "rebought known", "rebought"), 0)

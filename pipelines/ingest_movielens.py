@@ -81,7 +81,9 @@ class Ratings:
 
 @dataclass(frozen=True)
 class Sessions:
-    """Requests, sorted by time of the first rating, then user. Arrays of shape (S,) have indices into `Ratings`.
+    """The S sessions, which are the requests, sorted by time of the first rating, then user.
+
+    All arrays have shape (S,) and hold indices into `Ratings`.
 
     Attributes:
         start: Index of the first rating of the session.
@@ -194,7 +196,8 @@ def draw_rows(ratings: Ratings, negatives_per_rated: int, seed: int) -> pa.Table
         seed: Seed of the sampled movies.
 
     Returns:
-        request_id, request_time, user_id, movie_id, rated, liked, sampling_rate, sorted by request and movie.
+        Columns request_id, request_time, user_id, movie_id, rated, liked and sampling_rate. Rows are sorted by request
+        and movie.
     """
     sessions = find_sessions(ratings)
     # The catalog is sorted by the time of the first rating, then movie ID.

@@ -52,7 +52,7 @@ REQUESTS_AT_A_TIME = 8_192
 
 
 class BinnedAuc:
-    """AUC of scores in [0, 1] in bounded memory, from counts of labels in 10,001 bins of scores."""
+    """AUC of scores in [0, 1]. Labels are counted in 10,001 bins of scores, so the memory is bounded."""
 
     def __init__(self) -> None:
         self.counts = np.zeros((2, 10_001), np.int64)
@@ -78,7 +78,7 @@ class BinnedAuc:
 
 
 class Oracle:
-    """AUC of an oracle with the true probabilities on the test rows of the split."""
+    """AUCs of the true probabilities on the test rows of the split."""
 
     def __init__(self) -> None:
         self.click, self.click_at_position, self.like = BinnedAuc(), BinnedAuc(), BinnedAuc()
@@ -106,7 +106,7 @@ class Oracle:
 
 
 def generate(plan: Plan, requests_at_a_time: int = REQUESTS_AT_A_TIME) -> Iterator[tuple[int, pa.Table]]:
-    """Yield days with tables of rows, in the order of time.
+    """Yield pairs of a day and a table of rows of this day, in the order of time.
 
     Args:
         plan: Size and seed of the log.

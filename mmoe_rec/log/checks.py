@@ -52,8 +52,8 @@ class LogFile(FileInfo):
 
     Attributes:
         row_group_sizes: Number of rows of each row group.
-        path_columns: Names and values of the columns in the path.
-        booleans: Names of the boolean columns.
+        path_columns: Names and values of columns that are read from the file's path, such as `day=7/`.
+        booleans: Names of the columns that the file stores as booleans.
     """
 
     row_group_sizes: tuple[int, ...]
@@ -97,7 +97,8 @@ def open_parquet(uri: str, dictionary_columns: Sequence[str] = ()) -> Iterator[p
                 file,
                 read_dictionary=dictionary_columns,
                 pre_buffer=is_remote(uri),
-                # As nanoseconds, the year 9999 that many systems write for "never" would wrap around.
+                # Read times of the old type INT96 as microseconds. Many systems write the year 9999 for "never", and
+                # this year doesn't fit into 64 bits as nanoseconds.
                 coerce_int96_timestamp_unit="us",
                 page_checksum_verification=True,
             )
@@ -135,7 +136,8 @@ def check_files(
         uses: Columns of the log and how to read them.
         time_unit: Unit of integer times, None if times are timestamps.
         skip_bad_files: Whether to return bad files instead of raising an error.
-        fitted: Names of the column types that features were fitted to. Other columns get the type in most files.
+        fitted: Type name of each column that existing features were fitted to. Files must have this type. For other
+            columns, files must have the type that most files have.
 
     Returns:
         The good files, the canonical type of each column (missing for a column of nulls), and the skipped files.
@@ -164,7 +166,10 @@ def check_files(
 
 
 def _find_integers(files: Sequence[FileInfo], fitted: Mapping[str, str]) -> set[str]:
-    """Return the columns in paths that are integers, by their fitted type or else by their values in all files."""
+    """Return the names of path columns (`day=7/`) that hold integers.
+
+    If features were fitted to a column, its fitted type decides. Otherwise the values in all files must be integers.
+    """
     pairs = (pair for file in files for pair in parse_path_columns(file.uri).items())
     values = [(column, value) for column, value in pairs if value is not None]
     integers = {column for column, _ in values} - {column for column, value in values if not _is_integer(value)}
@@ -175,7 +180,7 @@ def _find_integers(files: Sequence[FileInfo], fitted: Mapping[str, str]) -> set[
 def _read_footer(
     info: FileInfo, uses: dict[str, ColumnUse], time_unit: str | None, integers: set[str]
 ) -> tuple[LogFile, dict[str, pa.DataType]]:
-    """Return the file and the canonical types of the used columns. A file without rows has no types to check."""
+    """Return the file and the canonical type of each used column. A file without rows gets no types."""
     uri = info.uri
     with open_parquet(uri) as parquet:
         arrow, metadata = parquet.schema_arrow, parquet.metadata
@@ -207,7 +212,10 @@ def _read_footer(
 def _find_wrong_column(
     column: str, use: ColumnUse, names: Sequence[str], paths: Mapping[str, str | None]
 ) -> str | None:
-    """Return the problem if a file lacks a column or has it twice. `names` and `paths` are the file's columns."""
+    """Return the problem if a file lacks a column, has it twice, or has a time column only in its path, else None.
+
+    `names` are the columns in the file, and `paths` are the columns in its path.
+    """
     if (times := names.count(column)) > 1:
         return f"has {times} columns called '{column}'. Rename all but one."
     if times or (column in paths and use != "time"):
@@ -321,7 +329,7 @@ def canonicalize_file_column(
 
 
 def find_first_invalid(read: Callable[[Sequence[Any]], object], values: Sequence[Any]) -> int:
-    """Return the index of the first value that `read` can't read.
+    """Return the index of the first value that `read` rejects.
 
     Args:
         read: Function that raises UserError for invalid values.
@@ -343,7 +351,7 @@ def describe_row(row: int) -> str:
     return f" (the first is row {row} of the file, counted from 0)"
 
 
-# Models compute in float32, so larger labels would be infinite.
+# Largest absolute value of a label. Models compute in float32, where larger labels become infinite.
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -368,7 +376,7 @@ class ValueCheck:
             return None
         row = int(wrong.argmax())
         column = rows.column(self.column)[row]
-        # A time may be outside the years of Python's datetime.
+        # Read times as integers, because Python's datetime supports only the years 1 to 9999.
         value = column.cast(pa.int64()).as_py() if pt.is_timestamp(column.type) else column.as_py()
         return row, f"column '{self.column}' {self.says(value)}"
 

@@ -27,7 +27,8 @@ from mmoe_rec.settings.schema import EventFeature, Schema
 UTC_MICROSECONDS = pa.timestamp("us", tz="UTC")
 
 _CODED = pa.dictionary(pa.int32(), pa.string())
-# Keep a dictionary of up to 1,024 strings, even if the column has fewer rows.
+# A dictionary-coded column is decoded if its dictionary is longer than the column. Dictionaries of up to 1,024 strings
+# are always kept.
 _DICTIONARY_KEPT = 1024
 
 EXPECTED: dict[ColumnUse, str] = {
@@ -49,7 +50,9 @@ _HINTS = {
 
 
 def column_uses(schema: Schema) -> dict[str, ColumnUse]:
-    """Return the use of every column that a log needs by `schema`. A key that is also read as a number stays a key.
+    """Return how `schema` uses each column that it reads from a log.
+
+    A column that is used both as a key and as a number counts as a key.
 
     Raises:
         UserError: A column has contradicting uses.
@@ -86,7 +89,7 @@ def list_label_columns(schema: Schema) -> list[str]:
 
 
 def event_column_uses(schema: Schema, events: str) -> dict[str, ColumnUse]:
-    """Return the use of every column that an event log needs.
+    """Return how the schema uses each column that it reads from an event log.
 
     Args:
         schema: Schema of the log.
@@ -233,7 +236,10 @@ def hash_column(column: pa.Array) -> np.ndarray:
 
 
 def combine_hashes(hashes: Sequence[np.ndarray]) -> np.ndarray:
-    """Return (N,) uint64 hashes of the ordered combination of several arrays of (N,) `hashes`."""
+    """Return one hash for each row's combination of values, (N,) uint64.
+
+    `hashes` are the hashes of each column, (N,) uint64. Another order of the columns gives other results.
+    """
     result = hashes[0]
     with np.errstate(over="ignore"):
         for column_hashes in hashes[1:]:
@@ -242,7 +248,7 @@ def combine_hashes(hashes: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def hash_rows(table: pa.Table) -> np.ndarray:
-    """Return (N,) uint64 hashes of the rows of `table`. Lists are hashed by their text."""
+    """Return one hash for each of the N rows of `table`, (N,) uint64. A list is converted to text and hashed."""
     hashes = list[np.ndarray]()
     for column in map(one_array, table.columns):
         if pt.is_floating(column.type):

@@ -1,7 +1,7 @@
 """DuckDB for joins and groupings over a whole log, in bounded memory with temporary files.
 
-SQL never contains the column names of the user's log. Tables use fixed column names or numbers instead, so that quotes
-in names, and names that differ only by case, cause no errors.
+SQL never contains the column names of the user's log. Tables use fixed column names or numbers instead. Thus names with
+quotes, and names that differ only by case, cause no errors.
 """
 
 import shutil
@@ -39,7 +39,7 @@ class Database:
 
         Args:
             table: Name of the new table.
-            schema: Columns to take from the batches, and their types.
+            schema: Names and types of the columns to store.
             batches: Arrow tables with these columns.
 
         Returns:
@@ -56,10 +56,10 @@ class Database:
         return rows
 
     def copy(self, table: str, data: Dataset) -> None:
-        """Create a table from a data set.
+        """Copy a data set into a new table, so that queries don't read the data set itself.
 
-        Arrow sometimes crashes if a query stops before it has read all Arrow files, as in a join with an empty table.
-        A copy always reads all files and takes no longer.
+        Arrow sometimes crashes if a query stops before it has read all files of a data set, as in a join with an empty
+        table. A copy always reads all files, and takes no longer than a query.
 
         Args:
             table: Name of the new table.
@@ -152,6 +152,6 @@ def open_database(
     except RuntimeError as error:
         if str(error) != "Query interrupted":
             raise
-        raise KeyboardInterrupt from error  # DuckDB replaces KeyboardInterrupt
+        raise KeyboardInterrupt from error  # DuckDB replaces KeyboardInterrupt by an error of its own.
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -54,8 +54,8 @@ def local_path(uri: str) -> str:
 def find_files(source: str, setting: str = "data.log") -> list[FileInfo]:
     """Return the Parquet files of a folder (also nested), a glob or a single file, sorted by URI.
 
-    Temporary files of writers are ignored, such as `_temporary/...`, `.log.1a2b.tmp/...` and `_metadata.parquet`. A
-    part of a glob that begins with a dot or underscore matches them.
+    Temporary files of writers are ignored, such as `_temporary/...`, `.log.1a2b.tmp/...` and `_metadata.parquet`. To
+    read such files, write the dot or underscore in the glob, as in `log/_*.parquet`.
 
     Args:
         source: Folder, glob or file.
@@ -129,7 +129,10 @@ def source_includes(source: str, files: Sequence[Path]) -> bool:
 
 
 def split_glob(source: str) -> tuple[str, Sequence[str]]:
-    """Split `source` before its first part with a wildcard. The parts of a folder are `**`, which matches all files."""
+    """Split `source` into a folder without wildcards and the remaining parts of the glob.
+
+    If `source` has no wildcard, the only remaining part is `**`, which matches all files.
+    """
     parts = Path(source).parts
     wild = [number for number, part in enumerate(parts) if _MAGIC & set(part)]
     if not wild or os.path.isdir(source):
@@ -138,9 +141,10 @@ def split_glob(source: str) -> tuple[str, Sequence[str]]:
 
 
 def _below(name: str, is_folder: bool, parts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Match a name to the first part of a glob and yield the parts left for the folder's entries, () for a file.
+    """Match the name of a file or folder to the first of the `parts` of a glob.
 
-    `**` matches all visible folders and Parquet files.
+    For a matching folder, yield the parts that its entries must match. For a matching file, yield (). The part `**`
+    matches all visible folders and Parquet files.
     """
     part, rest = parts[0], parts[1:]
     if part == "**" and rest:
@@ -166,7 +170,7 @@ def _walk(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
 
 
 def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
-    """Return whether `_walk` would yield a file with these path names below the folder. An empty path matches."""
+    """Return whether `_walk` would yield a file, from the `names` in its path below the folder. No names match."""
     return not names or any(_matches(names[1:], rest) for rest in _below(names[0], len(names) > 1, parts))
 
 
@@ -211,7 +215,7 @@ AnyFile = TypeVar("AnyFile", bound=FileInfo)
 
 
 def compute_checksums(files: Sequence[AnyFile]) -> dict[AnyFile, str | None]:
-    """Return the result of `compute_checksum` by file, for several files at a time."""
+    """Return the checksum of each file, see `compute_checksum`. Threads read several files at the same time."""
     with ThreadPoolExecutor(MAX_OPEN_FILES) as pool:
         return dict(zip(files, pool.map(compute_checksum, files), strict=True))
 
@@ -281,7 +285,10 @@ def file_system(uri: str) -> tuple[Any, str]:
 
 
 def _s3_defaults() -> dict[str, Any]:
-    """Return options for fewer and shorter retries than botocore's, which take minutes, unless the user set some."""
+    """Return S3 options that limit retries, since botocore's default retries take minutes.
+
+    If the user has configured S3 connections or retries, return no options.
+    """
     has_config = any(conf.get(protocol, {}).get("config_kwargs") for protocol in ("s3", "s3a"))
     if has_config or {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
         return {}
@@ -290,7 +297,7 @@ def _s3_defaults() -> dict[str, Any]:
 
 
 class _RemoteFile:
-    """A file whose failed reads raise UserError, to distinguish network errors from damaged files."""
+    """A remote file whose failed reads raise UserError. Other errors of a read then mean that the file is damaged."""
 
     def __init__(self, uri: str, handle: Any) -> None:
         self._uri, self._handle = uri, handle

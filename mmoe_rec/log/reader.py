@@ -50,7 +50,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class LogPart:
-    """Consecutive rows of a log. `start` is the number of the first row."""
+    """Consecutive rows of a log.
+
+    Attributes:
+        start: Number of the first row in the log.
+        rows: Number of rows.
+        pieces: Row groups of the files with these rows.
+    """
 
     start: int
     rows: int
@@ -125,7 +131,7 @@ class LogReader:
     def read(self, part: LogPart, spans: dict[str, tuple[int, int]] | None = None) -> Iterator[LogRows]:
         """Yield a part's checked rows in canonical types.
 
-        Events become rows of the task `EVENT_TASK` at the time of each event.
+        Rows of an event log are converted as in `event_rows`.
 
         Args:
             part: Rows to read.
@@ -199,7 +205,9 @@ def _read_columns(path: Path | None, part: LogPart, *names: str) -> list[np.ndar
 
 
 def event_rows(table: pa.Table, schema: Schema, name: str) -> LogRows:
-    """Convert events to rows of the task `EVENT_TASK` at the time of each event.
+    """Convert events to rows as in an interaction log, so that counters and histories read both in the same way.
+
+    The request time of a row is the time of the event. Its label of the task `EVENT_TASK` is 1.
 
     Args:
         table: Canonical columns of the events. Key columns may be missing.
@@ -218,10 +226,10 @@ class Log:
 
     Attributes:
         name: Name of an event log, None for the interaction log.
-        found_files: All files in the source, by URI.
+        found_files: All files in the source, usable or not, by URI.
         files: Usable files.
         types: Canonical types of the columns.
-        skipped: Unusable files.
+        skipped: Unusable files, with the reasons.
         reader: Reader for parts of the log.
     """
 

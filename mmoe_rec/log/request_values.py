@@ -71,7 +71,7 @@ def to_arrow(
 ) -> pa.Array:
     """Convert values to an Arrow array in the column's canonical type.
 
-    If the column's type is given, every value is accepted or rejected independently of the other values.
+    With `log_type`, every value is accepted or rejected on its own. Without it, all values must have one common type.
 
     Args:
         column: Name of the column, for messages.
@@ -123,7 +123,7 @@ def _types(values: Sequence[Any]) -> set[type]:
 
 
 def _convert(value: Any, kind: type[int | float]) -> Any:
-    """Convert numbers to float, or if `kind` is int, convert only booleans to int."""
+    """Convert a value, or the elements of a list. If `kind` is float, convert numbers. If it is int, only booleans."""
     if isinstance(value, list):
         return [_convert(element, kind) for element in value]
     return kind(value) if value is not None and (kind is float or isinstance(value, bool)) else value

@@ -140,7 +140,7 @@ class LogRows:
         return self._hashes[key]
 
     def lookups(self, names: Sequence[str]) -> Lookups:
-        """Return the rows' lookups by the columns `names`."""
+        """Return the lookups of these rows in counters and histories whose key consists of the columns `names`."""
         key = tuple(names)
         if key not in self._lookups:
             self._lookups[key] = self._make_lookups(self.hashes(names), self.times())
@@ -180,7 +180,7 @@ class LogRows:
         return self.hashes([columns.request] if columns.request_scope == "log" else [columns.user, columns.request])
 
     def row_hashes(self) -> np.ndarray:
-        """Return (N,) uint64 hashes of request and candidate, which identify repeated rows."""
+        """Return a hash of each row's request and candidate, (N,) uint64. Repeated rows have equal hashes."""
         return combine_hashes([self.request_hashes(), self.hashes([self.schema.columns.candidate])])
 
     def labels(self, task: Task, label_cutoff: int) -> np.ndarray:
@@ -236,8 +236,8 @@ class CachedValues:
         column: Stored values.
         indices: Index of each value in the column, (N,) int64. -1 stands for null or for the value in `fallback`.
         fallback: All N values. None if index -1 stands for null.
-        seen: Whether each value has been seen, though it may not be stored, (N,) bool. None if all seen values are
-            stored.
+        seen: Whether the value has occurred in the log or in events, (N,) bool. The column may lack such a value. None
+            if the column has all of them.
     """
 
     column: CachedColumn
@@ -272,7 +272,8 @@ class CachedValues:
 class ServingRows(LogRows):
     """N rows of canonical columns for serving.
 
-    Few rows look up many events, so every lookup is searched separately.
+    A request has few rows, but counters and histories have many events. Each row's lookup is therefore searched on its
+    own. `LogRows` sorts all lookups first, which is faster for many rows.
     """
 
     _make_lookups = staticmethod(Lookups.one_per_row)
@@ -289,7 +290,7 @@ class ServingRows(LogRows):
         self._start(schema)
 
     def unseen(self, name: str) -> np.ndarray:
-        """Return whether values of the column `name` are unseen, (N,) bool. False for columns that aren't stored."""
+        """Return whether each value of a column is unseen, (N,) bool. All False if the column isn't `CachedValues`."""
         column = self._columns[name]
         return column.unseen if isinstance(column, CachedValues) else np.zeros(self._rows, bool)
 
@@ -420,7 +421,7 @@ def compute_labels(rows: LogRows, label_cutoff: int) -> dict[str, np.ndarray]:
         label_cutoff: Time in microseconds since 1970 UTC. Labels that are not final at this time are unobserved.
 
     Returns:
-        Labels of shape (N,) and type float64 by task or outcome, with NaN for unobserved labels.
+        Labels of shape (N,) and type float64 by task or joint outcome, with NaN for unobserved labels.
     """
     tasks = rows.schema.tasks
     labels = {name: rows.labels(task, label_cutoff) for name, task in tasks.items()}
@@ -441,7 +442,7 @@ def pending_labels(rows: LogRows, label_cutoff: int) -> dict[str, int]:
         label_cutoff: Time in microseconds since 1970 UTC.
 
     Returns:
-        Number of such labels by task.
+        Number of these labels by task.
     """
     counts = {}
     for name, task in rows.schema.tasks.items():

@@ -1,7 +1,8 @@
-"""Logs that a build reads, and the record of files that features include (`files.json`), so that days can be added.
+"""The logs of a feature build, and the record of the files whose rows the features include (`files.json`).
 
-A build reads a file only once. A removed file therefore changes nothing, but a file with changed bytes is an error.
-Files are identified by their bytes, not by name or time. A skipped file counts as new once it has been repaired.
+The record makes it possible to add only new files later. A file that features include is never read again. Features
+therefore stay valid if the file is removed, but a file with changed bytes is an error. Files are identified by their
+bytes, not by name or time. A file that was skipped because it was bad counts as new once it has been repaired.
 """
 
 import copy
@@ -34,7 +35,7 @@ _NEVER = int(np.iinfo(np.int64).max)
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Options of a feature build, as described in `mmoe_rec.settings.sections.Data`. They don't change a feature."""
+    """Options of a feature build, as described in `mmoe_rec.settings.sections.Data`. They don't define features."""
 
     engine: EngineName = "local"
     workers: int | None = None
@@ -52,7 +53,7 @@ class BuildOptions:
 
     @property
     def skipped_checks(self) -> list[str]:
-        """Names of the settings that turn off a check for rows that are usually mistakes."""
+        """Names of the settings that allow rows which are usually mistakes, such as repeated rows."""
         return [name for name in ("on_duplicates", "on_future_times") if getattr(self, name) == "keep"]
 
     @property
@@ -96,7 +97,7 @@ class BuildInputs:
         return Logs(self.source, self.schema, self.options)
 
 
-# One of each kind of Parquet file that is written to `data.work_dir`.
+# An example path for each kind of Parquet file that is written to `data.work_dir`. No log may include such a path.
 _SERVED = ("features/serving", "model/features", "refreshed/model/features")
 _WRITTEN = (
     *(f"{folder}/{name}" for folder in _SERVED for name in ("latest.user.parquet", "x.memory/part-00000.parquet")),
@@ -256,7 +257,7 @@ def key_types(pipeline: FeaturePipeline, schema: Schema) -> list[dict[str, str]]
 
 
 def _identify(file: "LogFile | IncludedFile", checksum: str | None) -> tuple[Any, ...]:
-    """Return the identity of a file: its bytes and the columns in its path. A file without rows has its URI."""
+    """Return the identity of a file: its checksum and the columns in its path, or the URI of a file without rows."""
     return file.bytes, checksum if checksum and file.rows else file.uri, file.path_columns
 
 
@@ -283,14 +284,14 @@ Spans = Mapping[tuple[str | None, str], Span]
 
 @dataclass(frozen=True)
 class IncludedFile(FileInfo):
-    """A file whose rows were counted.
+    """A file of a log whose rows the features include.
 
     Attributes:
-        path_columns: Columns in the file's path.
+        path_columns: Names and values of columns that are read from the file's path, such as `day=7/`.
         rows: Number of rows.
-        first: First time of the rows, in microseconds. None without rows.
-        last: Last time of the rows, in microseconds. None without rows.
-        checksum: Checksum of the bytes, None if the file could not be read.
+        first: Earliest time of a row, in microseconds. None if the file has no rows.
+        last: Latest time of a row, in microseconds. None if the file has no rows.
+        checksum: Checksum of the file's bytes. None if they couldn't be read.
     """
 
     path_columns: PathColumns
@@ -302,7 +303,13 @@ class IncludedFile(FileInfo):
 
 @dataclass
 class IncludedLog:
-    """Files of one log by URI, and the names of its column types."""
+    """Record of the files of one log.
+
+    Attributes:
+        files: Included files by URI.
+        skipped: Skipped files by URI.
+        types: Name of each column's type.
+    """
 
     files: dict[str, IncludedFile] = field(default_factory=dict)
     skipped: dict[str, SkippedFile] = field(default_factory=dict)
@@ -326,8 +333,8 @@ class FileChanges:
     """Changes of one log's files since they were included.
 
     Attributes:
-        included: Files that were included before, with their current names and times.
-        copies: Duplicate file -> included file.
+        included: Files that were included before, with their current URIs and modification times.
+        copies: URI of each duplicate file -> URI of the included file with the same bytes.
         missing: Included files that no longer exist.
         changed: Included files that have changed.
         new: Files to read.
@@ -389,7 +396,7 @@ class IncludedFiles:
         (folder / "files.json").write_text(json.dumps({"logs": logs}), encoding="utf-8")
 
     def changes(self, logs: Logs) -> list[FileChanges]:
-        """Return the changes of each log's files. If the settings now name fewer or more logs, compare the first."""
+        """Return the changes of each log's files. Logs are paired in order. A log without a counterpart is ignored."""
         return [_changes(included, log) for included, log in zip(self.logs, logs.all, strict=False)]
 
     def with_new(self, logs: Logs, spans: Spans) -> "IncludedFiles":
@@ -409,9 +416,9 @@ class IncludedFiles:
 
     @property
     def journal(self) -> dict[str, Any] | None:
-        """Part of a journal that the files include: the journal's "id" and the last segment ("through").
+        """The journal from which the files come: its ID ("id") and the last segment that the files include ("through").
 
-        None if no file comes from a journal. Of several journals, the journal with the latest rows counts.
+        None if no file comes from a journal. Of several journals, this is the one with the latest row.
         """
         journals: dict[str, tuple[int, int]] = {}
         for file in (file for log in self.logs for file in log.files.values()):
@@ -492,7 +499,10 @@ def _with_new(included: IncludedLog, log: Log, spans: Spans) -> IncludedLog:
 
 
 def short_names(uris: Sequence[str]) -> dict[str, str]:
-    """Map URIs to short names: the shortest ends of paths that differ. URIs with a scheme keep their names.
+    """Map URIs to short names for a report.
+
+    Names are the last parts of the paths, as many as needed to tell all paths apart. A URI with a colon, such as
+    `models:/shop@champion`, is its own name.
 
     Raises:
         UserError: A URI occurs twice.

@@ -1,9 +1,10 @@
 """Steps of a feature build. Each step is a job of independent tasks that run on an engine.
 
-    requests parts of the log      -> one time for each request (see `mmoe_rec.preprocessing.request_times`)
-    count    parts of the logs     -> merged counts, and events and lookups for each partition of keys (files)
-    look up  partitions of keys    -> results for each block of rows (files), and event stores
-    encode   parts of the log      -> encoded rows
+    step      each task reads        the step gives
+    requests  a part of the log      one time for each request (see `mmoe_rec.preprocessing.request_times`)
+    count     a part of a log        merged counts, and files with the events and lookups of each partition of keys
+    look up   a partition of keys    event stores, and files with the results for each block of rows
+    encode    a part of the log      encoded rows
 
 docs/explanation/point-in-time.md describes the data that steps exchange.
 
@@ -188,7 +189,7 @@ class _RayEngine:
 
 
 class _Worker:
-    """Ray actor that runs many tasks, so that later tasks use cached data of earlier ones."""
+    """Ray actor that runs many tasks. Data that one task caches are available to the next task."""
 
     def run(self, function: Callable[[Any], Any], task: Any) -> Any:
         return function(task)
@@ -198,7 +199,7 @@ Engine = _LocalEngine | _RayEngine
 """Runner of a job's tasks."""
 
 
-# Logs with fewer rows are done before processes have started.
+# Use threads for logs with fewer rows. They finish in less time than worker processes need to start.
 MIN_ROWS_FOR_PROCESSES = 500_000
 _FIRST_TIMES, _RESULTS, _REPEATS = "first_times.parquet", "results", "repeats.parquet"
 
@@ -265,8 +266,8 @@ class BuildSteps:
     def count(self, statistics: bool, requests_dir: Path | None = None, previous: Path | None = None) -> LogCounts:
         """Determine the times of requests and count the logs.
 
-        If rows repeat rows of earlier files, both steps are repeated without these rows. If bad files are skipped, all
-        files are checked first.
+        If new rows repeat rows of earlier files, both steps run again without the repeated rows. If bad files may be
+        skipped, all files are checked before the first step.
 
         Args:
             statistics: Whether to count vocabularies and statistics.
@@ -295,7 +296,7 @@ class BuildSteps:
             shutil.rmtree(self.scratch, ignore_errors=True)  # These files include the repeated rows.
 
     def find_requests(self) -> None:
-        """Determine the times of requests only, for rows that already have results of counters and histories.
+        """Determine the times of requests without counting, for rows whose counters and histories are already computed.
 
         Raises:
             UserError: A file is bad, or a request has several users or times as in `count`.
@@ -349,8 +350,8 @@ class BuildSteps:
         Args:
             pipeline: Pipeline with complete vocabularies. It gets the statistics of the results.
             folder: Folder for the event stores.
-            end: Time of the event stores, in microseconds.
-            training: Request times of the rows whose results count for statistics. None counts no rows.
+            end: Time from which the event stores must answer lookups, in microseconds.
+            training: Request times [start, end) of the rows whose results count for statistics. None counts no rows.
             previous: Folder with event stores to continue from.
         """
         pipeline_dir = self.scratch / "state"
@@ -390,7 +391,10 @@ class BuildSteps:
         return Exchange(self.scratch / "events", self._partitions)
 
     def _count_sent(self, group: Sequence[PointInTimeEncoder[Any]], partition: int) -> int:
-        """Return how many rows of a partition are in memory at a time: lookups, and one feature's events."""
+        """Return how many rows of a partition are in memory at the same time.
+
+        These are all lookups, and the events of one feature. The feature with the most events counts.
+        """
         sent = self._counted.sent
         lookups, *events = (
             int(sent[channel][partition]) if channel in sent else 0
@@ -404,7 +408,7 @@ class BuildSteps:
         Args:
             pipeline_dir: Folder of the fitted pipeline.
             folder: Folder for the encoded rows.
-            label_cutoff: Time by which the labels of each split must have matured, in microseconds.
+            label_cutoff: Time for each split, in microseconds. Labels that are not final at this time are unobserved.
 
         Returns:
             Counts of each split.

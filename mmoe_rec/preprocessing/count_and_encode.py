@@ -1,10 +1,10 @@
-"""First and last step of a feature build. Their tasks read parts of the log.
+"""The steps `count` and `encode` of a feature build. Their tasks read parts of the log.
 
-The first step counts, and sends events and lookups to their partitions. The counts (IDs, histograms of numbers, first
-and last times, latest attributes) are small and can be merged in any order. Counters and histories are computed in the
-next step. The hash of its key decides to which partition an event or a lookup is sent.
+The step `count` counts IDs, builds histograms of numbers, and finds first and last times and latest attributes. These
+results are small and can be merged in any order. The step also prepares the next step, which computes counters and
+histories: it writes events and lookups to files, divided into partitions by the hash of their key.
 
-The last step encodes the rows of each split into Parquet files for training and evaluation.
+The step `encode` comes last. It encodes the rows of each split into Parquet files for training and evaluation.
 """
 
 from collections import Counter, defaultdict
@@ -45,14 +45,14 @@ _YEAR = 365 * 86_400_000_000
 
 @dataclass(frozen=True)
 class CountJob:
-    """Arguments that all tasks of the first step share.
+    """Arguments that all tasks of the step `count` share.
 
     Attributes:
         schema: Schema of the logs.
         windows: Request times [start, end) of each split, in microseconds.
-        exchange: Receiver of events and lookups.
+        exchange: Files through which the tasks pass events and lookups to the next step.
         statistics: Whether to count vocabularies and statistics.
-        duplicates: Whether to send hashes of requests and candidates, to find duplicates.
+        duplicates: Whether to pass on a hash of each row's request and candidate, to find repeated rows.
     """
 
     schema: Schema
@@ -129,7 +129,7 @@ class LogCounts:
 
 
 def check_time_units(log: Log, counted: LogCounts) -> None:
-    """Raise if some times are in 1970 and others are not, since their units then differ.
+    """Raise if some times are in 1970 and others are not. Integer times then have different units.
 
     Args:
         log: Interaction log.
@@ -179,7 +179,10 @@ def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tup
 
 
 class _Sender:
-    """Sender of a part's events and lookups. `source` is the event log, None for the interaction log."""
+    """Sender that passes the events and lookups of one part of a log to the next step.
+
+    `source` is the name of the event log, None for the interaction log.
+    """
 
     def __init__(self, job: CountJob, part: LogPart, source: str | None) -> None:
         self.job, self.part, self.source = job, part, source
@@ -201,7 +204,7 @@ class _Sender:
             if encoder.source == self.source and encoder.label is None:
                 self._waiting[events_channel(name)].append(encoder.events(rows))
         self._rows += len(rows)
-        # Row groups are never divided, so a part may be larger than usual.
+        # Limit the rows in memory. A part can have more than ROWS_PER_PART rows, because row groups are never divided.
         if self._rows >= ROWS_PER_PART:
             self.flush()
 
@@ -239,7 +242,7 @@ ROWS_PER_GROUP = 32_768
 
 @dataclass
 class SplitCounts:
-    """Counts of a split's rows and labels, by task.
+    """Counts of a split's rows and labels. All dictionaries have one value for each task.
 
     Attributes:
         rows: Number of rows.
@@ -249,8 +252,8 @@ class SplitCounts:
         row_weighted_sum: Sum of the observed labels times weight.
         weight: Sum of weight / sampling rate of rows with an observed label.
         weighted_sum: Sum of the observed labels times weight / sampling rate.
-        pending_labels: Number of labels that had not matured.
-        label_cutoff: Time by which labels must have matured to count, in microseconds.
+        pending_labels: Number of labels that were not final at `label_cutoff` and therefore don't count.
+        label_cutoff: Time in microseconds.
     """
 
     rows: int = 0
@@ -272,13 +275,13 @@ class SplitCounts:
             labels: Labels by task, shape (N,). NaN stands for an unobserved label.
             weight: Weights of the rows, shape (N,).
             rates: Sampling rates of the rows, shape (N,).
-            pending_labels: Number of labels that had not matured, by task.
+            pending_labels: Number of labels that were not final, by task.
         """
         for task, task_labels in labels.items():
             observed = ~np.isnan(task_labels)
             values, row_weights = task_labels[observed], weight[observed]
             weights = row_weights / rates[observed]
-            # Don't use `@`: the threads of BLAS would keep the cores busy for a while after it.
+            # Don't use `@`: after a product, the threads of BLAS keep the cores busy for a while.
             self.merge(
                 SplitCounts(
                     observed={task: len(values)},
@@ -322,7 +325,7 @@ def encode_part(
     Args:
         pipeline_dir: Folder of the fitted pipeline.
         windows: Request times [start, end) of each split, in microseconds.
-        label_cutoff: Time by which the labels of each split must have matured, in microseconds.
+        label_cutoff: Time for each split, in microseconds. Labels that are not final at this time are unobserved.
         exchange: Results of counters and histories.
         encoded: Folder for the encoded rows.
         reader: Reader of the interaction log.
@@ -396,7 +399,10 @@ def numbers_or_ones(rows: LogRows, name: str | None) -> np.ndarray:
 
 
 class _SplitWriter:
-    """Writer of a Parquet file with row groups of one size, except for the last group. Without rows, no file exists."""
+    """Writer of a Parquet file with row groups of equal size. Only the last group may be smaller.
+
+    If no rows are written, no file is created.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -416,7 +422,8 @@ class _SplitWriter:
     def _append(self, table: pa.Table) -> None:
         if self._writer is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Inputs are numbers, for which a dictionary costs time and saves little. LZ4 is the fastest to read.
+            # Don't use dictionaries for inputs. They are numbers, so a dictionary costs time and saves little space.
+            # LZ4 is the compression that is fastest to read.
             keys = ["user", "candidate", "request", "time", "sampling_rate"]
             options = {"compression": "lz4", "use_dictionary": keys, "write_statistics": False}
             self._writer = pq.ParquetWriter(self.path, table.schema, **options)

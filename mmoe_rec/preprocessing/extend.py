@@ -1,11 +1,14 @@
-"""Addition of new files to existing features. The previous state and the new rows give the next state.
+"""Add new files to existing features, without reading the old files again.
 
 docs/how-to/build-large-logs.md describes the treatment of late and repeated rows.
 
-The tables of a model (`<artifact>/features`) are updated separately, with the model's own features. `extend_tables`
-adds new files to the tables, and `rebuild_tables` builds the tables from all files. Both give identical bytes for the
-same rows, with one exception. An extended history may have an item in a hashed bucket, from the time before the item's
-ID got a row. A rebuilt history has that row.
+A model has its own copy of the features (`<artifact>/features`). Its tables are the event stores of counters and
+histories, and the latest attributes of users and candidates. They are updated separately. `extend_tables` adds new
+files to the tables, and `rebuild_tables` builds the tables from all files.
+
+Both functions give identical bytes for the same rows, with one exception. Histories store the embedding row of each
+item. If an ID gets its own embedding row only after some events, an extended history keeps a shared, hashed row for
+these events. A rebuilt history has the ID's own row.
 """
 
 import hashlib
@@ -49,7 +52,7 @@ from mmoe_rec.settings.sections import diff_settings
 
 
 class NewFiles:
-    """New files of logs, and the included files that are `missing` from the logs."""
+    """The files of logs that features don't include yet. `missing` lists included files that no longer exist."""
 
     def __init__(self, logs: Logs, included: IncludedFiles, owner: str, last: int, advice: str) -> None:
         """Compare the files of logs with the included files.
@@ -107,7 +110,7 @@ class NewFiles:
         return counted
 
     def first_request_time(self, counted: LogCounts, requests: RequestCounts) -> int:
-        """Return the time of the first new request, in microseconds.
+        """Return the time of the first request that begins in the new files, in microseconds.
 
         Args:
             counted: Counts of the new files.
@@ -146,7 +149,9 @@ class NewFiles:
         )
 
     def _check_events(self, counted: LogCounts, new: Logs) -> None:
-        """Report new files that may repeat the events of an existing file: as many events or more, of its times.
+        """Report new files of event logs that may repeat the events of an included file.
+
+        This is suspected if new files cover all times of the included file and have at least as many events.
 
         Raises:
             UserError: The new files may repeat the events of a missing file.
@@ -154,7 +159,7 @@ class NewFiles:
         if new.options.on_duplicates == "keep":
             return
         for log, changes in zip(new.events, self.changes[1:], strict=True):
-            spans = {file: counted.spans.get((log.name, file.uri)) for file in log.files}  # A file may have no rows.
+            spans = {file: counted.spans.get((log.name, file.uri)) for file in log.files}  # None if it has no rows.
             for old in changes.included.files.values():
                 if old.first is None or old.last is None:
                     continue
@@ -185,7 +190,7 @@ class Extension:
         features: Extended features.
         files: Number of added files.
         rows: Number of added rows of the interaction log.
-        new_ids: Number of new IDs by feature.
+        new_ids: Number of IDs that were added to the vocabulary of each feature.
         missing: Files that the features include and the log lacks.
     """
 
@@ -197,10 +202,10 @@ class Extension:
 
 
 def extend(inputs: BuildInputs) -> Extension | None:
-    """Add new files to the features in `work`. An error leaves the old features.
+    """Add new files to the features in `inputs.work`. If there is an error, the old features stay as they are.
 
     Args:
-        inputs: Log, schema and folder, with the splits of the new rows.
+        inputs: Inputs of the build. The splits apply to the new rows.
 
     Returns:
         The extension, None without new files.
@@ -270,8 +275,8 @@ def _extend(previous: FeatureFolder, files: NewFiles, windows: dict[str, Window]
         counted.first = min(first, counted.first)
         manifest = write_features(steps, pipeline, counted, included, windows, folder, previous.serving.resolve())
     whole = compute_fingerprint(logs, windows)
-    # A model identifies its features by the fingerprint. A build from all files assigns other rows to IDs, so it needs
-    # another fingerprint.
+    # A model identifies its features by the fingerprint. A build from all files assigns other embedding rows to IDs
+    # than an extension, so the two need different fingerprints.
     fingerprint = hashlib.sha256(f"{old_manifest['fingerprint']} {whole}".encode()).hexdigest()[:16]
     manifest["skipped_checks"] = sorted({*old_manifest["skipped_checks"], *logs.options.skipped_checks})
     write_manifest(folder, {"fingerprint": fingerprint, **manifest, "extends": old_manifest["fingerprint"]})

@@ -1,17 +1,20 @@
-"""Second step of a feature build: the results of counters and histories at the time of each row, by partition of keys.
+"""The step `look up` of a feature build: compute counters and histories for the time of each row.
 
-A partition has all events and lookups of its keys, so partitions are independent. Most of a log's rows may have the
-same key, so a partition can exceed the memory. It is then processed in chunks of time. The event store is carried from
-chunk to chunk, with labels that become available later. It is compacted to the events that later requests can look up.
-A large partition is read twice, to sample its times and to write its pieces. Rows of the same time are never divided.
+The keys are divided into partitions. A partition has all events and lookups of its keys, so tasks can process
+partitions independently. If most rows of a log have the same key, their partition may not fit into memory. It is then
+divided by time into chunks, and rows of the same time stay together. For this, the partition is read twice: to sample
+its times, and to write the chunks.
 
-Steps exchange rows through files. A sender writes an Arrow IPC file with a record batch for every receiver in each
-turn, and a receiver reads its batches from all files. Thus the rows never have to fit into memory, and workers share
-only a folder.
+An event store is passed from each chunk to the next. It has the events that later requests can look up, and labels
+that only become available later. Other events are removed ("compacted").
 
-Results of counters and histories are sent to blocks of rows, as one table for each group of features. Consecutive rows
-often share a list, as candidates of a request share their user's history. Such a list is sent once, and null stands
-for the previous list.
+Tasks exchange rows through files (`Exchange`). A sender writes an Arrow IPC file, which has record batches for every
+receiver. A receiver reads its batches from the files of all senders. Thus the rows never have to fit into memory, and
+workers share only a folder.
+
+Results go back to the rows in the same way. The receivers are blocks of consecutive rows, and each group of features
+sends one table to a block. Consecutive rows often share a list, as candidates of a request share their user's history.
+Such a list is sent once, and null stands for the previous list.
 """
 
 import os
@@ -50,14 +53,17 @@ def lookups_channel(group: str) -> str:
 
 
 def label_column(task: str) -> str:
-    """Return the column of a lookup for the label of a task. The label makes the row an event."""
+    """Return the name of the column with a task's labels in a table of lookups.
+
+    Because of this label, the row is not only a lookup but also an event for later rows.
+    """
     return f"label.{task}"
 
 
 class Exchange:
     """Folder of files `CHANNEL/SENDER.arrow` through which senders pass rows to receivers.
 
-    A sender is a pair of numbers: the sending task and its turn.
+    A sender is a pair of numbers: the number of a task, and the number of the file among the task's files.
     """
 
     def __init__(self, folder: Path, receivers: int) -> None:
@@ -71,11 +77,11 @@ class Exchange:
         self.receivers = receivers
 
     def send(self, channel: str, sender: Sender, table: pa.Table, receiver: np.ndarray) -> np.ndarray:
-        """Send rows to receivers, in order.
+        """Write rows to a new file for the receivers. A receiver gets its rows in the order of the table.
 
         Args:
             channel: Name of the channel.
-            sender: Sending task and its turn.
+            sender: Numbers of the task and of the file.
             table: N rows.
             receiver: Receiver of each row, shape (N,), integers.
 
@@ -89,7 +95,7 @@ class Exchange:
 
         Args:
             channel: Name of the channel.
-            sender: Sending task and its turn.
+            sender: Numbers of the task and of the file.
             turns: Tables with the receiver of each row, as in `send`.
 
         Returns:
@@ -132,7 +138,7 @@ class Exchange:
         """
         folder = self.folder / channel
         for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
-            # Don't map the file: mapped pages would count as memory while a batch exists.
+            # Don't memory-map the file. Mapped pages would count as memory of the process while a batch exists.
             with pa.OSFile(os.path.join(folder, name)) as file, pa.ipc.open_file(file) as reader:
                 for number in range(receiver, reader.num_record_batches, self.receivers):
                     batch = reader.get_batch(number)
@@ -145,7 +151,7 @@ class Exchange:
 
 
 def assign_partitions(keys: np.ndarray, partitions: int) -> np.ndarray:
-    """Assign keys to partitions, which are ranges of equal width in rising order.
+    """Assign keys to partitions. Each partition has a range of keys, and all ranges have the same width.
 
     Args:
         keys: Hashes, shape (N,), uint64.
@@ -172,7 +178,7 @@ ROWS_PER_BLOCK = 131_072
 
 @dataclass(frozen=True)
 class ResultExchange:
-    """Exchange of results, whose receivers are blocks of `ROWS_PER_BLOCK` rows of the log.
+    """Exchange of results. Each receiver is a block of `ROWS_PER_BLOCK` consecutive rows of the log.
 
     Attributes:
         folder: Folder of the files.
@@ -192,8 +198,8 @@ class ResultExchange:
 
         Args:
             group: Name of the group.
-            sender: Sending task and its turn.
-            rows: Rising row numbers, shape (N,).
+            sender: Numbers of the task and of the file.
+            rows: Row numbers in ascending order, shape (N,).
             results: Results of the rows.
         """
         block = rows // ROWS_PER_BLOCK
@@ -242,7 +248,7 @@ class ResultReader:
         self._loaded: LookupResults = {}
 
     def of(self, rows: np.ndarray) -> LookupResults:
-        """Return the results of one or more rows, given as rising row numbers in the log, shape (N,), int64."""
+        """Return the results of `rows`, which are one or more row numbers in ascending order, shape (N,), int64."""
         block, offset = np.divmod(rows, ROWS_PER_BLOCK)
         parts = []
         for number in np.unique(block).tolist():
@@ -298,18 +304,18 @@ def concat_results(parts: Sequence[np.ndarray | DedupedRagged]) -> np.ndarray | 
 
 
 EncoderGroup = Sequence[PointInTimeEncoder[Any]]
-_PIECES_FACTOR = 1.2  # Pieces may be larger than the sample suggests, so make more pieces.
+_PIECES_FACTOR = 1.2  # Make more pieces than needed, since a piece may have more rows than the sampled times suggest.
 
 
 @dataclass(frozen=True)
 class ReceivedRows:
-    """Rows that were sent to a partition of the keys of a group of features, or to a piece of the partition.
+    """Events and lookups of a partition, or of a piece of a partition that was divided by time.
 
     Attributes:
         exchange: Exchange of the rows.
         number: Number of the receiver.
-        group: Encoders of the group.
-        window: Times [start, end) of the piece, in microseconds.
+        group: Encoders of the counters and histories with this key.
+        window: Times [start, end) of the piece, in microseconds. None for no limit.
     """
 
     exchange: Exchange
@@ -325,7 +331,7 @@ class ReceivedRows:
         """Divide the rows by time into pieces of about `rows_in_memory` rows, and yield the pieces in order.
 
         Args:
-            rows: Number of rows that are in memory at a time: lookups, and the events of one feature.
+            rows: Number of rows that are in memory at the same time: all lookups, and the events of one feature.
             rows_in_memory: Wanted number of these rows in a piece.
             scratch: Folder for the pieces. They are removed when the iterator ends.
         """
@@ -352,11 +358,11 @@ class ReceivedRows:
 
 
 class TimeChunk:
-    """Lookups in a window of time, with labels that become available in the window or later.
+    """The lookups of a partition, or of a piece of it, sorted by key and time. Labels of the rows become events.
 
     Attributes:
-        lookups: Lookups of N rows in a split.
-        rows: Rising numbers of the rows, shape (N,), int64.
+        lookups: Lookups of the N rows that lie in a split.
+        rows: Row numbers in ascending order, shape (N,), int64.
         times: Times of the rows, in microseconds, shape (N,), int64.
         end_time: Lower bound for the times of all later chunks, in microseconds. None for the last chunk.
     """
@@ -407,13 +413,13 @@ class LookupJob:
         pipeline_dir: Folder of the fitted vocabularies.
         previous: Folder with event stores to continue from. None starts with empty stores.
         windows: Request times [start, end) of the splits, in microseconds.
-        training: Request times of the rows whose results count for statistics. None counts no rows.
-        stores: Folder for the event stores, compacted for requests at `end` or later.
-        end: Time of the first later request, in microseconds.
+        training: Request times [start, end) of the rows whose results count for statistics. None counts no rows.
+        stores: Folder for the event stores. They keep only events that requests at `end` or later can look up.
+        end: Time in microseconds.
         events: Exchange of events and lookups.
         results: Exchange of results.
-        rows_in_memory: Number of a partition's rows that are in memory at a time.
-        scratch: Folder for the pieces of larger partitions.
+        rows_in_memory: Number of rows that a task may hold in memory. Larger partitions are divided by time.
+        scratch: Folder for the pieces of divided partitions.
     """
 
     pipeline_dir: Path
@@ -435,7 +441,7 @@ class KeyPartition:
     Attributes:
         group: Name of the group of counters and histories with the same key.
         number: Number of the partition.
-        rows: Number of its rows that are in memory at a time.
+        rows: Number of rows that are in memory at the same time, unless the partition is divided.
     """
 
     group: str
@@ -444,7 +450,7 @@ class KeyPartition:
 
 
 def look_up_partition(job: LookupJob, partition: KeyPartition) -> dict[str, dict[str, NumberHistogram]]:
-    """Make the lookups of a partition, and write its part of the event stores.
+    """Compute the results of a partition's lookups, send them to the blocks of rows, and write event stores.
 
     Args:
         job: Arguments of all tasks.

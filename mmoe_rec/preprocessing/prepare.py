@@ -39,7 +39,7 @@ from mmoe_rec.settings.log_columns import SplitColumn
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
 
-# Shown to a process that finds the features being built, or in use when it wants to build them.
+# Texts for the message of a process that can't get the lock: what the other process does, and what the user can do.
 BUILD_LOCK_TEXTS = ("a build of features", "set `data.work_dir` to another folder")
 
 
@@ -76,7 +76,7 @@ class FeatureFolder:
 
     @property
     def is_extended(self) -> bool:
-        """Whether days were added, so that the current log may lack files needed for a rebuild."""
+        """Whether files were added to the features later. A rebuild may then lack files that no longer exist."""
         return "extends" in self._manifest_or_none
 
     def is_up_to_date(self, logs: Logs, windows: dict[str, Window], allow_missing_files: bool) -> bool:
@@ -85,7 +85,8 @@ class FeatureFolder:
         Args:
             logs: Logs with the schema and the options.
             windows: Time windows of the splits.
-            allow_missing_files: Whether included files may have been deleted, if the log has the same URI.
+            allow_missing_files: Whether features count as up to date although included files were deleted. This applies
+                only if the settings still name the log that the features were built from.
         """
         manifest, options, changes = self._manifest_or_none, logs.options, self._changes(logs)
         if not changes or manifest.get("settings") != settings_fingerprint(logs.schema, windows):
@@ -99,7 +100,8 @@ class FeatureFolder:
             return False
         if not set(manifest["skipped_checks"]) <= set(options.skipped_checks):
             return False
-        # An extension may have skipped a file for its times alone. Don't lose the added days because of that file.
+        # Features that skipped bad files are built again once `skip_bad_files` is off. Extended features are kept. A
+        # rebuild could lose the added days, and the extension may have skipped a file only because of its times.
         return options.skip_bad_files or self.is_extended or not any(log.skipped for log in changes)
 
     def missing(self, logs: Logs) -> list[str]:
@@ -141,7 +143,8 @@ def prepare(inputs: BuildInputs, *, keep_existing: bool = False) -> FeatureFolde
 
     Args:
         inputs: Logs, schema and options of the build.
-        keep_existing: Whether to reuse the features although files were deleted, because a model continues from them.
+        keep_existing: Whether to reuse the features although files were deleted. A model that continues training from
+            them needs the same features.
 
     Raises:
         UserError: The log can't be read or contains the output folder, a split is empty, or a binary task has one class
@@ -250,8 +253,8 @@ def encode_splits(pipeline_dir: Path, logs: Logs, windows: dict[str, Window], fo
 def compute_fingerprint(logs: Logs, windows: object) -> str:
     """Return a fingerprint of the features' inputs.
 
-    It changes if a file is rewritten, even with the same size, or if the features or the splits change. Settings of
-    the model don't affect it.
+    The fingerprint changes if a file is rewritten, even with the same size, or if the features or the splits change.
+    Settings of the model don't affect the fingerprint.
 
     Args:
         logs: Logs with the schema.
@@ -400,7 +403,8 @@ def write_features(
     pipeline.booleans.update(*(file.booleans for log in logs.all for file in log.files))
     pipeline.save(serving)
     assert train[1] is not None
-    # Training may use only labels that had matured when training ended; evaluation waits until the log's end.
+    # Training may use only labels that were final when the training split ended. Evaluation may use all labels that are
+    # final at the log's end.
     splits = steps.encode(serving, folder / "encoded", {"train": train[1], "validation": last, "test": last})
     if previous is None:
         check_classes(logs.schema, splits["train"])
@@ -423,7 +427,7 @@ def write_features(
         "request_microseconds": [first, last],
         "requests": None if columns.request is None else steps.requests.describe(),
         "splits": {name: asdict(split_counts) for name, split_counts in splits.items()},
-        # Number of distinct ids in the training rows, and of ids in the vocabulary.
+        # distinct: number of IDs in the training rows. known: number of IDs in the vocabulary.
         "vocabularies": {
             name: {"distinct": vocabulary.counts.to_table().num_rows, "known": len(vocabulary.ids)}
             for name, vocabulary in pipeline.vocabularies.items()

@@ -1,8 +1,9 @@
-"""One time for each request. The first step of a build finds requests whose rows have several times.
+"""Give all rows of a request the same time. The first step of a build finds requests whose rows have several times.
 
-The rows of a request may be in any parts of a log. Each part therefore writes (request, time, user, row, rows), once
-for a run of consecutive rows with equal values, and a database groups the runs by the hash of the request's ID. All
-rows of a request get the earliest time. A file lists the changed times by row, and readers of the log apply the file.
+The rows of a request may be in different parts of a log. Each part is therefore reduced to runs: consecutive rows with
+the same request, time and user. A run has these values, its first row and its number of rows. A database groups the
+runs of all parts by the hash of the request's ID. All rows of a request get the earliest time of the request. A file
+lists the rows whose time changes, and readers of the log apply this file.
 
 The features include a record of all requests (`requests.parquet`) and hashes of all rows (`rows.parquet`). A later
 build uses these files to recognize further rows of old requests and to skip repeated rows.
@@ -57,8 +58,9 @@ class RequestCounts:
         continued_rows: Number of rows of continued requests in the new files.
         first_request_time: Time of the first request that began in the new files, in microseconds.
         earlier: Earliest time of a new row that precedes all old rows of its request, None if there is no such row.
-        times_conflict: Two rows of one request with different times. The second is the first such row of the log.
-        users_conflict: Two rows of one request with different users, in the same order.
+        times_conflict: Numbers of two rows of one request with different times. The second number is the log's first
+            row whose time differs from the time of its request.
+        users_conflict: Numbers of two rows of one request with different users, chosen in the same way.
     """
 
     count: int = 0
@@ -96,7 +98,8 @@ def find_requests(
         logs: Logs of the build.
         reader: Reader of the interaction log.
         parts: Parts of the interaction log.
-        run: Function that runs tasks, given their function, arguments, sizes and description.
+        run: Function that runs tasks on the engine. Its arguments are the function of a task, the arguments of all
+            tasks, the sizes of the tasks, and a description.
         scratch: Scratch folder.
         time_overrides: File for rows whose own time differs from the request's time, see `LogReader`.
         previous: Folder with the record of the requests in earlier files.
@@ -119,7 +122,8 @@ def find_requests(
         database.copy("runs", ds.dataset(folder, _RUNS, format="ipc"))
         _group(database, requests, previous)
         if requests.conflicting_times:
-            # In a plain table the split sets the time, so rows of several splits have conflicting times.
+            # Rows of a plain table get the index of their split as time. A request with rows in several splits
+            # therefore has conflicting times.
             _find_first_times(
                 database, requests, time_overrides, options.on_conflicting_times == "error" or not columns.has_time
             )
@@ -157,7 +161,8 @@ def _group(database: Database, requests: RequestCounts, previous: Path | None) -
         "max(time) AS last, sum(rows)::BIGINT AS rows FROM runs GROUP BY request"
     )
     _read_previous(database, previous, _REQUESTS, REQUESTS_SCHEMA)
-    # A row that is earlier than all previous rows of its request would change the encoded previous rows.
+    # Find new rows that are earlier than all old rows of their request. They would change the time of the request, but
+    # the old rows are already encoded.
     requests.continued, requests.continued_rows = database.row(
         "SELECT count(*), coalesce(sum(current.rows), 0)::BIGINT FROM current JOIN previous USING (request) "
         "WHERE current.first >= previous.first"
@@ -189,7 +194,11 @@ def _find_first_times(database: Database, requests: RequestCounts, path: Path, f
 
 
 def _find_conflict(database: Database, column: str, runs: str) -> Conflict | None:
-    """Return the first row that differs from its request, after the request's first row that doesn't differ."""
+    """Return two rows of a request with different values of a column, or None if no request has such rows.
+
+    The second is the log's first row that differs from the value of its request (`agreed`). The first is the request's
+    first row with this value.
+    """
     conflicting, request = database.row(f'SELECT min(row), arg_min(request, row) {runs} WHERE "{column}" <> agreed')
     if conflicting is None:
         return None
@@ -309,7 +318,7 @@ def check_duplicates(
             )
         if requests_dir is not None:
             requests_dir.mkdir(parents=True, exist_ok=True)
-            # Delta encoding of sorted hashes needs about 5 bytes a row.
+            # Store the sorted hashes by their differences. This takes about 5 bytes a row instead of 8.
             packed: dict[str, Any] = {"use_dictionary": False, "column_encoding": {"key": "DELTA_BINARY_PACKED"}}
             all_keys = "SELECT key FROM sent UNION ALL FROM previous ORDER BY key"
             database.write(all_keys, requests_dir / _ROWS, ROW_KEYS_SCHEMA, **packed)

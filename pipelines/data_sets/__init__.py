@@ -1,1 +1,1 @@
-"""What the data sets have in common, and what is known of each."""
+"""Modules of the ingest commands: shared functions, and readers or generators of single data sets."""

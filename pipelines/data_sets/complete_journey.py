@@ -100,8 +100,8 @@ def find_purchases(transactions: pa.Table) -> pa.Table:
     """Find the purchases among the transactions, and label purchases of a product that was bought again.
 
     Returns:
-        request_id, request_time, household_id, store_id, week, product_id, rebought (int8, null if the data end within
-        56 days), sorted by request time, request and product. A request has each product once.
+        Columns request_id, request_time, household_id, store_id, week, product_id and rebought (int8, null if the data
+        end within 56 days). Rows are sorted by request time, request and product. A request has each product once.
 
     Raises:
         UserError: There is no purchase.
@@ -197,7 +197,7 @@ def collapse_promotions(promotions: pa.Table) -> WeekPromotions:
 
 
 def row_changes(*columns: IntArray) -> npt.NDArray[np.bool_]:
-    """Return whether each row differs from the previous row in any column, shape (N,). The first row does."""
+    """Return whether each row differs from the previous row in any column, shape (N,). True for the first row."""
     changed = np.ones(len(columns[0]), dtype=bool)
     changed[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
     return changed

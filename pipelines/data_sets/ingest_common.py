@@ -17,13 +17,13 @@ REQUEST_TIME = pa.timestamp("us", tz="UTC")
 
 
 def sample_negatives(count: int, taken: IntArray, wanted: int, entropy: Sequence[int]) -> IntArray:
-    """Draw indices from 0 to count - 1 uniformly and without replacement, except for the taken indices.
+    """Draw indices from 0 to count - 1 uniformly and without replacement, leaving out given indices.
 
     Args:
         count: Number of candidates.
-        taken: Distinct indices in ascending order, shape (T,).
-        wanted: Number of indices to draw. If fewer are free, all free indices are drawn.
-        entropy: Seed of non-negative integers. Nothing else affects the draw, so requests can be read in any order.
+        taken: The T indices to leave out, distinct and in ascending order, shape (T,).
+        wanted: Number of indices to draw. If fewer are left, all of them are drawn.
+        entropy: Seed, as non-negative integers. With a seed for each request, requests can be read in any order.
 
     Returns:
         Indices in no particular order, shape (min(wanted, count - T),).
@@ -33,7 +33,8 @@ def sample_negatives(count: int, taken: IntArray, wanted: int, entropy: Sequence
     if drawn == 0:
         return np.empty(0, dtype=np.int64)
     ranks = np.random.default_rng(list(entropy)).choice(free, drawn, replace=False, shuffle=False)
-    # There are taken[i] - i free indices before taken[i], so a rank moves up by the number of taken indices below it.
+    # A rank is the position of a drawn index among the free indices. There are taken[i] - i free indices before
+    # taken[i], so the drawn index is its rank plus the number of taken indices below it.
     return ranks + np.searchsorted(taken - np.arange(len(taken)), ranks, side="right")
 
 

@@ -20,7 +20,7 @@ LABEL_DELAY_DAYS = 3
 SLOTS = 12
 MIN_SLOTS = 8
 REQUESTS_PER_ROUND = 5
-"""A round has one request each of 8, 9, 10, 11 and 12 rows, in random order."""
+"""Five consecutive requests are a round. They have 8, 9, 10, 11 and 12 rows, in random order."""
 ROWS_PER_ROUND = sum(range(MIN_SLOTS, SLOTS + 1))
 
 CATEGORIES, BRANDS_PER_CATEGORY, TASTES = 40, 25, 4
@@ -58,7 +58,15 @@ def position_bias(position: npt.ArrayLike) -> FloatArray:
 
 @dataclass(frozen=True)
 class Plan:
-    """Size and seed of the log. The IDs of users are 0 to users - 1, and the IDs of candidates 0 to candidates - 1."""
+    """Size and seed of the log.
+
+    Attributes:
+        rows: Number of rows.
+        users: Number of users. Their IDs are 0 to users - 1.
+        candidates: Number of candidates. Their IDs are 0 to candidates - 1.
+        days: Number of days.
+        seed: Seed of all random numbers.
+    """
 
     rows: int
     users: int = 100_000
@@ -116,7 +124,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Catalog:
-    """True values of C candidates. Each array has shape (C,).
+    """Properties of the C candidates, which determine the true probabilities. Each array has shape (C,).
 
     Attributes:
         category: Categories.
@@ -124,7 +132,7 @@ class Catalog:
         price: Prices without discount.
         quality: Effects on the logit of a click.
         craft: Effects on the logit of a like.
-        arrival: Fraction of the log that has passed before a candidate can be shown.
+        arrival: Time from which a candidate can be shown, as a fraction of the log.
     """
 
     category: IntArray
@@ -144,7 +152,7 @@ class Catalog:
         price = np.round(20 * np.exp(0.8 * plan.normal("price", index)), 2).astype(np.float32)
         quality = 0.3 * plan.normal("brand quality", brand) + 0.5 * plan.normal("quality", index)
         craft = 0.5 * plan.normal("brand craft", brand) + 0.6 * plan.normal("craft", index) + 0.4 * quality
-        # Of every five neighboring ranks of a slot, the last candidate arrives late.
+        # In each slot, candidates have ranks by popularity. Of five consecutive ranks, the last candidate arrives late.
         late = index // SLOTS % 5 == 4
         arrival = np.where(late, plan.uniform("candidate arrives", index), 0).astype(np.float32)
         return Catalog(category, brand, price, quality, craft.astype(np.float32), arrival)
@@ -185,7 +193,8 @@ def draw_users(plan: Plan, request: IntArray, elapsed: npt.NDArray[np.float64]) 
         request: Requests, shape (Q,).
         elapsed: Fraction of the log before each request, shape (Q,).
     """
-    # Popularity falls with the square root of the rank. The offset limits it to fifty times the mean.
+    # A user's number of requests falls with the square root of the user's rank. The offset limits the number to fifty
+    # times the mean.
     root = 0.01 + plan.uniform("user", request) * (np.sqrt(1.0001) - 0.01)
     user = np.minimum((plan.users * (root * root - 0.0001)).astype(np.int64), plan.users - 1)
     late = (user % 5 == 4) & (plan.uniform("user arrives", user) > elapsed)
@@ -193,9 +202,10 @@ def draw_users(plan: Plan, request: IntArray, elapsed: npt.NDArray[np.float64]) 
 
 
 def draw_candidates(plan: Plan, catalog: Catalog, request: IntArray, elapsed: npt.NDArray[np.float64]) -> IntArray:
-    """Draw distinct candidates, best candidate first, shape (Q, 12).
+    """Draw 12 distinct candidates for each of Q requests, shape (Q, 12), sorted by quality plus noise, best first.
 
-    Slot s draws from the candidates s, s + 12, s + 24 and so on, so a request has no candidate twice.
+    Popular candidates are drawn more often. Each of 12 slots draws one candidate. Slot s draws from the
+    candidates s, s + 12, s + 24 and so on, so a request has no candidate twice.
 
     Args:
         plan: Size and seed of the log.
