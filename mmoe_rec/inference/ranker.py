@@ -377,8 +377,9 @@ class Ranker:
     def score(self, rows: Rows, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Score rows of the interaction log. They need no labels.
 
-        Counters and histories contain all events in the tables and all live events. For a row that was requested
-        earlier, they thus contain events after its request.
+        Counters and histories are as of each row's request. The tables can't leave out events, though. For a row that
+        was requested before the end of the tables, counters and histories are as of the end of the tables and include
+        events after the request.
 
         Args:
             rows: N rows with the log's columns.
