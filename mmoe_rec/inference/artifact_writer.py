@@ -64,7 +64,7 @@ def write_artifact(
         state_dict: `RankingModel.state_dict()` of the whole model with plain tables.
         trees: Trees of the model besides its network, if there are any.
         calibration: Calibration of the tasks. None leaves their logits unchanged.
-        undertraining: Warning that training stopped too early, to store in `ArtifactInfo`.
+        undertraining: Warning that training ended too early, to store in `ArtifactInfo`.
 
     Raises:
         UserError: A weight or a prediction for the example is NaN or infinite.

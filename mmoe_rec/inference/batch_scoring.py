@@ -283,7 +283,7 @@ class _Scoring:
         return sentence
 
     def _describe_training_rows(self, training_rows: int, num_rows: int) -> str | None:
-        """Return a warning about rows that the model may have seen in training, without the model's name."""
+        """Return a warning about rows that the model may have seen in training, as in `describe_training_overlap`."""
         if self.labels and self.split is None:
             return (
                 f"was trained on some rows of the log, and the input lacks the split column "
