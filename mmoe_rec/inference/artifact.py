@@ -48,7 +48,7 @@ MANIFEST_FILE = "manifest.json"
 EXAMPLE_FILE = "example_request.json"
 EXAMPLE_SCORES_FILE = "example_scores.json"
 # Accepted difference between predictions for the example. Libraries and processors round differently, so logits differ
-# by about 1e-6 in fp32. Half precision, which would be an error, makes them differ by 1e-2.
+# by about 1e-6 in fp32. In half precision they would differ by 1e-2, which isn't accepted.
 TOLERANCE = 1e-4
 _MIN_DIFFERENCE = 1e-30  # Smaller differences always count as equal, because tiny probabilities may round to 0.
 
