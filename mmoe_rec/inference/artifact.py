@@ -47,9 +47,10 @@ FORMAT = 6
 MANIFEST_FILE = "manifest.json"
 EXAMPLE_FILE = "example_request.json"
 EXAMPLE_SCORES_FILE = "example_scores.json"
-# Libraries and processors round differently. Logits differ by about 1e-6 in fp32 and by 1e-2 in half precision.
+# Accepted difference between predictions for the example. Libraries and processors round differently, so logits differ
+# by about 1e-6 in fp32. In half precision they would differ by 1e-2, which isn't accepted.
 TOLERANCE = 1e-4
-_MIN_DIFFERENCE = 1e-30  # Rounding may turn smaller probabilities into 0.
+_MIN_DIFFERENCE = 1e-30  # Smaller differences always count as equal, because tiny probabilities may round to 0.
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,13 @@ class ArtifactInfo:
         fingerprint: Fingerprint of the features that the model was trained on.
         tables_as_of: ISO time of the last logged request in counters, histories and latest values. None if the log has
             no times.
-        stale_after_days: Replies warn about requests that are later than the tables by more days. None never warns.
+        stale_after_days: Maximum days from the last event in the tables to a request. Replies to later requests have a
+            warning. None never warns.
         trained_as_of: `tables_as_of` at training time. None if the tables haven't been replaced.
         files_digest: Digest of the log files that the tables contain. None if it is unknown.
-        journal: Part of the journal of live events that the tables contain: its `id`, and the number of the last
-            segment as `through`. None if they contain no live events.
-        undertraining: Warning from `mmoe_rec.training.validation.find_undertraining`.
+        journal: Part of the journal of live events that the tables contain: the journal's `id`, and the number of the
+            last contained segment as `through`. None if the tables contain no live events.
+        undertraining: Warning that training ended too early (`training.validation.find_undertraining`), or None.
     """
 
     name: str
@@ -229,7 +231,7 @@ class ExampleScores:
 
     Attributes:
         predictions: Predictions (N,) by task. Scores follow from them.
-        computed_with: Version of each package, and the processor.
+        computed_with: Versions of the packages that computed the predictions, and the `processor`.
     """
 
     predictions: Mapping[str, Sequence[float]]

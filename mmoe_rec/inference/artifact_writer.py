@@ -1,7 +1,7 @@
 """Write artifact folders (see `artifact`) atomically, with checksums and example scores.
 
-When all other files are complete, the model scores its example once from the folder, as a server would. Every later
-load must reproduce these scores.
+When all other files are complete, the model is loaded from the folder, as a server would load it, and scores its
+example request. Every later load must reproduce these scores.
 """
 
 import json
@@ -64,7 +64,7 @@ def write_artifact(
         state_dict: `RankingModel.state_dict()` of the whole model with plain tables.
         trees: Trees of the model besides its network, if there are any.
         calibration: Calibration of the tasks. None leaves their logits unchanged.
-        undertraining: Warning to store in `ArtifactInfo`.
+        undertraining: Warning that training ended too early, to store in `ArtifactInfo`.
 
     Raises:
         UserError: A weight or a prediction for the example is NaN or infinite.
@@ -218,7 +218,8 @@ def _write_weights(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
 def build_example_request(features: Path, tables_as_of: str | None) -> dict[str, Any]:
     """Build a realistic request from the features: a frequent user, frequent candidates and a usual context.
 
-    Its time is one minute after the last request in the tables. A plain table gets frequent values of its columns.
+    The request's time is one minute after the last request in the tables. For a model of a plain table, which has no
+    IDs, the request contains frequent values of the columns.
 
     Args:
         features: Folder `features` of an artifact.

@@ -1,11 +1,11 @@
 """Score the rows of a log in batch, and write predictions, scores and ranks as Parquet.
 
-    parts of the log -> their rows with predictions and scores, and the keys that rank them
-    all keys         -> rank within the request, in a database
-    parts            -> their rows with the ranks
+    1. Score each part of the log. Keep request, score and row number of all rows for step 2 (`_RANK_KEYS`).
+    2. Compute each row's rank within its request, in a database. A request may have rows in several parts.
+    3. Write the rows of each part with predictions, scores and ranks.
 
-A process loads the model once for all its tasks and threads. One thread scores a chunk of a fixed number of rows, so
-results don't depend on the engine or the number of workers. The output is written atomically:
+A process loads the model once for all its tasks and threads. Each chunk has a fixed number of rows and is scored by one
+thread, so results don't depend on the engine or the number of workers. The output is written atomically:
 
     <output>/_manifest.json            the input, the model and the settings
     <output>/part-00000.parquet       the scored rows, in the input's order
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 AsOf = Literal["log", "tables"]
 """Source of counters and histories: the log as of each request, or the model's own tables."""
 ALL_TIMES: Window = (None, None)
-# Settings of this machine, instead of settings of the machines that trained the model.
+# Defaults that replace the model's stored settings, because these describe the machines that trained the model.
 _LOCAL_OPTIONS = ("--data.engine", "local", "--data.workers", "null")
 
 
@@ -112,8 +112,8 @@ def score_log(
             tables of the model.
         window: Request times to score, in microseconds. Earlier rows of the log only feed the features.
         overrides: Overrides of the settings that the model was trained with, such as `--data.workers 2`.
-        labels: Whether to write the labels too, as they are known at the log's last request.
-        keep: Further columns of the log to write, such as columns to slice by.
+        labels: Whether to write the labels too. A label that isn't observed yet at the log's last request is null.
+        keep: Further columns of the log to write, such as columns for slices of an evaluation.
 
     Raises:
         UserError: The input, the model or a setting is wrong, or a folder contains something else.
@@ -222,7 +222,7 @@ class _Scoring:
         return UserError(f"no row of '{self.source}' was requested from {start} to {end}. Change --start and --end.")
 
     def _score_parts(self, steps: BuildSteps, scratch: Path, facts: Mapping[str, Any]) -> Iterator[pa.Table]:
-        """Score the parts of the log into files, and yield the keys that rank their rows, see `_RANKED`."""
+        """Score each part of the log into a file, and yield the keys of its rows for ranking (`_RANK_KEYS`)."""
         options, total, tasks = self.logs.options, self.logs.log.rows, list(enumerate(steps.parts))
         processes = total >= MIN_ROWS_FOR_PROCESSES and not self.source.startswith("memory://")
         job = ScoreJob(
@@ -283,7 +283,7 @@ class _Scoring:
         return sentence
 
     def _describe_training_rows(self, training_rows: int, num_rows: int) -> str | None:
-        """Return a warning about rows that the model may have seen in training, without the model's name."""
+        """Return a warning about rows that the model may have seen in training, as in `describe_training_overlap`."""
         if self.labels and self.split is None:
             return (
                 f"was trained on some rows of the log, and the input lacks the split column "
@@ -341,8 +341,15 @@ _RANK_KEYS = pa.schema(
         "seen_in_training": pa.bool_(),
     }
 )
-"""Keys that rank scored rows: number of the part, hash of the request, log score, number of the row in the log, time of
-the request in microseconds, and whether the row was in the training or validation split."""
+"""Columns of a scored row that ranking and the manifest need.
+
+- part: Number of the row's part.
+- request: Hash of the request.
+- score: Log score.
+- number: Number of the row in the log.
+- time: Time of the request in microseconds.
+- seen_in_training: Whether the row was in the training or validation split of the model.
+"""
 
 
 def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> pa.Table:
@@ -456,7 +463,7 @@ def open_logs(
         The logs, and the attributes that all files lack.
 
     Raises:
-        UserError: The log is missing or has no rows, a column is missing, or scoring would write a column of its name.
+        UserError: The log is missing or has no rows, a column is missing, or a column has the name of an output column.
     """
     files = [set(read_column_names(file.uri)) for file in find_files(source, "--input")]
     schema, columns, missing = pipeline.schema, pipeline.schema.columns, list[str]()

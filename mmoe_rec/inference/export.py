@@ -50,7 +50,7 @@ ModelOutputs = Mapping[str, np.ndarray]
 def write_int8(folder: Path, out: Path) -> dict[str, Any]:
     """Write an artifact with int8 tables and bfloat16 matrices.
 
-    Biases keep their precision. Gates do too, because rounded gates may choose other experts.
+    Biases and gates keep their precision, because rounded gates may choose other experts.
 
     Args:
         folder: Artifact folder of the original model.
@@ -114,7 +114,7 @@ _LARGEST = float(np.log(np.finfo(np.float64).max))
 
 
 class ExportModule(nn.Module):
-    """A ranker's computation after `encode_request`, without branches: all experts run on all rows."""
+    """The computation from encoded inputs to scores, for export. All experts run on all rows, so nothing branches."""
 
     def __init__(self, ranker: Ranker) -> None:
         super().__init__()
@@ -257,8 +257,8 @@ def _export(graph: ExportModule, example: Mapping[str, np.ndarray], tree_logits:
 def add_trees(path: Path, trees: Trees, names: Sequence[str]) -> None:
     """Put the trees of a model's tasks into its ONNX file, replacing the input `tree_logits`.
 
-    Trees read the numbers and then the IDs, which start with the IDs that trees know. A task without trees gets the
-    trees of another task, but its blend ignores them.
+    Trees read the graph's input `numbers` and then the first columns of `ids` (`single_id_names`). The graph needs tree
+    logits for every task. A task without trees gets the trees of another task, but `Trees.blend` gives them no weight.
 
     Args:
         path: ONNX file to change.

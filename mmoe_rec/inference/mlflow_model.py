@@ -32,7 +32,7 @@ ARTIFACT_KEY = "model"
 
 
 class BadRequestError(MlflowException):
-    """HTTP 400 with a one-sentence message. MLflow would repeat the whole input, which may be megabytes."""
+    """HTTP 400 with a one-sentence message. MLflow's own error would repeat the whole input, which may be megabytes."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(sentence, error_code=INVALID_PARAMETER_VALUE)

@@ -95,14 +95,13 @@ class _CheckedRequest(NamedTuple):
 class Ranker:
     """A loaded model with its features and calibration.
 
-    Threads may rank, score and apply events with one ranker. The live state is one immutable object, which each call
-    reads once, so every answer describes a single moment.
+    Several threads may rank, score and apply events with one ranker. All features that change with events are in one
+    immutable object (`LiveState`). A call reads it once, so its answer never mixes features before and after an event.
 
     Attributes:
         version: Version ID of the artifact (`artifact_version`).
-        keep_inputs: Whether rankings keep a request ID and the features of their request (`Ranking.ranked_request`),
-        for
-            request logs.
+        keep_inputs: Whether rankings keep a request ID and the features of their request (`Ranking.ranked_request`).
+            Request logs need them.
     """
 
     def __init__(self, folder: Path, info: ArtifactInfo, version: str = "") -> None:
@@ -148,7 +147,7 @@ class Ranker:
 
     @staticmethod
     def load(folder: str | Path) -> Ranker:
-        """Read an artifact folder and check that nobody modified it.
+        """Load the model of an artifact folder, after checking that the files are unmodified.
 
         `mmoe_rec.load_ranker` also takes URIs such as `models:/NAME@ALIAS`, which need MLflow.
 
@@ -267,8 +266,8 @@ class Ranker:
     def rank_many(self, requests: Sequence[Request | RequestError]) -> list[Ranking | RequestError]:
         """Rank the candidates of each request. An invalid request gets its error instead of a ranking.
 
-        Requests with the same columns and expert options share batches of features and model. A RequestError in
-        `requests` is returned at its position.
+        Requests with the same columns and expert options are scored together. A RequestError in `requests` is returned
+        at the same position.
         """
         state = self._state
         answers: dict[int, Ranking | RequestError] = {}
@@ -378,8 +377,9 @@ class Ranker:
     def score(self, rows: Rows, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Score rows of the interaction log. They need no labels.
 
-        Counters and histories are as of each row's request. For rows requested before the end of the tables, they are
-        as of the end of the tables.
+        Counters and histories are as of each row's request. The tables can't leave out events, though. For a row that
+        was requested before the end of the tables, counters and histories are as of the end of the tables and include
+        events after the request.
 
         Args:
             rows: N rows with the log's columns.

@@ -35,7 +35,7 @@ class Explanation:
         calibrated: Prediction after calibration, by task.
         gates: Weight of each expert of the last level, by task.
         counters: Counter values before standardization, by input. None if a value is missing.
-        histories: IDs by feature, oldest first. None replaces an ID without its own row, and a missing history.
+        histories: IDs by feature, oldest first. An ID without its own table row is None, and so is a missing history.
     """
 
     uncalibrated: dict[str, float]
@@ -90,9 +90,10 @@ class Ranking:
     Attributes:
         candidates: IDs of the candidates.
         scores: exp(sum of weight x log prediction).
-        log_scores: The sums. They still differ if scores are too small or too large for a float.
-        predictions: Values by the names that `add_joint_predictions` returns.
-        order: Positions of the candidates in the request.
+        log_scores: Logarithms of the scores. They still differ if scores are too small or too large for a float.
+        predictions: Predictions by the name of the task. A task with `conditional_on` also has the joint prediction
+            `CONDITION_and_TASK`, the probability of both labels (see `add_joint_predictions`).
+        order: Position that each candidate had in the request.
         request_time: ISO time of the request.
         tables_as_of: ISO time of the last logged request in the model's tables. None if the log has no times.
         warnings: Sentences about tasks without experts and about the request's time (`check_request_time`).

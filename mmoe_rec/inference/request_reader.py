@@ -1,6 +1,6 @@
 """Requests (a candidate list for one user in one context), and their conversion to rows for the features.
 
-Tables with a row for each candidate are read here too.
+A call may also send its requests as one table with a row for each candidate.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Request(BaseModel):
 
     @staticmethod
     def of(element: Any, params: Mapping[str, Any] = {}) -> Request:
-        """Parse one element of a call.
+        """Parse one element of the `inputs` of a call.
 
         Args:
             element: Mapping with the fields of a request.
@@ -361,7 +361,7 @@ class RequestReader:
         return rows if table is rows.table else LogRows(table, self.schema, rows.results)
 
     def _find_columns(self, role: Role, names: Collection[str]) -> list[RequestColumn]:
-        """Return the columns with these names, without listed columns that no feature reads."""
+        """Return the columns with these names, except columns that have a role in the settings but no feature."""
         for name in names:
             if (actual := self.role_of(name, f"'{REQUEST_KEYS[role]}'", role)) != role:
                 raise RequestError(

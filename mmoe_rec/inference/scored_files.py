@@ -1,4 +1,4 @@
-"""Folders of scores: manifest, replaceable files, and warnings about rows that the model was trained on."""
+"""Folders with the scores of a log: manifest, check of the folder to write, and warnings about training rows."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -83,7 +83,10 @@ def is_complete(folder: Path, manifest: Mapping[str, Any]) -> bool:
 
 
 def read_overlap_warnings(files: Iterable[str]) -> list[str]:
-    """Return the warnings about training rows that `score` wrote next to these files, without the model's name."""
+    """Return the warnings about training rows that `score` wrote next to these files.
+
+    Callers add the name of the model as subject (`describe_training_overlap`).
+    """
     folders = {Path(local_path(file)).parent for file in files if not is_remote(file)}
     warnings = [(read_manifest(folder) or {}).get("seen_in_training") for folder in sorted(folders)]
     return [warning for warning in warnings if warning is not None]
@@ -98,7 +101,7 @@ def format_split_value(value: Scalar) -> str:
 
 
 def has_split(logs: Logs, split: Split) -> bool:
-    """Return whether the rows of logs tell their split.
+    """Return whether the split of each row follows from its time or from a column of the logs.
 
     Args:
         logs: Opened logs.
@@ -128,7 +131,9 @@ def find_training_rows(split: Split, rows: LogRows) -> np.ndarray:
 
 
 def describe_training_overlap(split: Split | None, training_rows: int, num_rows: int) -> str | None:
-    """Return a warning about rows that the model has seen in training, without the model's name.
+    """Return a warning about rows that the model has seen in training.
+
+    Callers add the name of the model as subject: "MODEL was trained or selected on 3 of the 10 rows, ...".
 
     Args:
         split: Section `split` of the model's settings. None gives no warning.

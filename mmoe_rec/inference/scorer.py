@@ -26,8 +26,8 @@ from mmoe_rec.point_in_time.arrays import Ragged, concat_ranges
 class InputMatrixBuilder:
     """Builds the model's input matrix from the features of requests.
 
-    The matrix equals that of `RankingModel.concat_inputs` for a batch without placement. Features of user and context
-    are looked up once per request and repeated for its candidates.
+    The matrix equals the inputs that `RankingModel.concat_inputs` returns. Features of user and context are looked up
+    once per request and repeated for its candidates.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class ExpertOptions(NamedTuple):
 
     Attributes:
         top_k: Experts per row and gate. None is the model's own number.
-        masked: Numbers of the experts to leave out.
+        masked: Indices of the experts to leave out.
     """
 
     top_k: int | None = None
@@ -262,7 +262,8 @@ class Scorer:
         if self.matmul_backend == "onednn":
             inputs = _pad_rows(inputs)
         with torch.inference_mode():
-            # Explained requests use the fused logits too, so their predictions are equal to the last bit.
+            # Explained requests take their predictions from the fused function too. Explaining a request therefore
+            # doesn't change a bit of its predictions.
             if self.fused is not None and options == _DEFAULT_OPTIONS:
                 logits = self.fused(inputs[:, : self.model.width])
                 outputs = self.model.postprocess(inputs, Outputs(logits, ()))
@@ -296,7 +297,7 @@ class Scorer:
         return usable
 
     def _warn(self, usable: Tensor | None) -> tuple[str, ...]:
-        """Return a sentence for each task without a usable expert."""
+        """Return a warning for each task without a usable expert."""
         in_use, owner = self.model.experts_in_use, "network's " if self.model.trees is not None else ""
         has_expert = (in_use if usable is None else in_use & usable).any(1).tolist()
         return tuple(
@@ -309,7 +310,8 @@ class Scorer:
 def _pad_rows(inputs: Tensor) -> Tensor:
     """Append at most 15 rows of zeros to inputs (N, W), or at most a sixteenth of N if that is more.
 
-    oneDNN prepares and caches matrix products for each number of rows, so only few different numbers should occur.
+    oneDNN prepares and caches matrix products for each number of rows. Padding keeps the number of different sizes
+    small.
     """
     step = max(16, 1 << max(0, (len(inputs) - 1).bit_length() - 5))
     padding = -len(inputs) % step

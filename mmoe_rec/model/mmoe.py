@@ -161,8 +161,7 @@ class RankingModel(nn.Module):
             events: Events of the histories, None if attention has already been added to `inputs`.
         """
         network_inputs = inputs if self.trees is None else inputs[:, : self.width]
-        # Pass vectors as separate arguments. Training separates the backward passes of mixture and tables at the
-        # tensors that the mixture gets as arguments.
+        # Pass vectors as separate arguments, since training cuts the graph before the tables at the mixture's inputs.
         vectors = [] if events is None else [events.vectors[index] for index in range(len(self.histories))]
         outputs = self.mixture(network_inputs, placement, top_k, usable, *((events, *vectors) if vectors else ()))
         return self.postprocess(inputs, outputs)

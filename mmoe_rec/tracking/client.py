@@ -21,7 +21,8 @@ from mmoe_rec.progress import quiet_loggers
 
 _URI_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 
-# Lower levels of these loggers describe MLflow internals such as migrations, which users can't act on.
+# Minimum level of messages to show, by logger. Messages below it describe MLflow internals such as migrations, which
+# users can't act on.
 _QUIET_LOGGERS = {
     "alembic": logging.WARNING,
     "mlflow.store.db.utils": logging.CRITICAL,
@@ -32,8 +33,8 @@ _QUIET_LOGGERS = {
     "mlflow.utils.environment": logging.ERROR,
 }
 
-# By default MLflow's client waits two minutes for a reply and retries seven times, which would block training. Values
-# in the user's environment take precedence.
+# By default MLflow's client waits two minutes for a reply and retries seven times, which would block training. If the
+# user's environment sets these variables, its values are used instead.
 SHORT_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 # Uploads of large models take long, because the server replies after storing them.
 MODEL_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "300", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
@@ -141,7 +142,7 @@ def open_client(
         yield mlflow.MlflowClient()
 
 
-# Patterns for the causes in long errors of requests, urllib3 and SQLAlchemy, and their short descriptions.
+# Patterns that find the cause in long error messages of requests, urllib3 and SQLAlchemy, and the texts to show for it.
 _CAUSES = (
     (r"\[Errno -?\d+\] ([^'\")\]]+)", r"\1"),
     (r"(?i)timed out", "no reply in time"),
@@ -180,7 +181,7 @@ def truncate_markdown(markdown: str, max_chars: int) -> str:
 
 @contextmanager
 def client_timeouts(timeouts: dict[str, str]) -> Iterator[None]:
-    """Set the timeouts and retries of MLflow's client. Values in the user's environment take precedence."""
+    """Set the timeouts and retries of MLflow's client. Variables that the user's environment sets stay as they are."""
     variables = timeouts | _ALWAYS
     previous = {name: os.environ.get(name) for name in variables}
     changed = {name: value for name, value in variables.items() if previous[name] in (None, SHORT_TIMEOUTS.get(name))}

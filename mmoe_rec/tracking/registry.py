@@ -34,8 +34,9 @@ from mmoe_rec.tracking.runs import Run
 if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
 
-CHALLENGER_ALIAS = "challenger"  # alias of a model that is not better than the champion
-_REPLACED_TAG = "replaced"  # prefix of a version's tag with the previous version of an alias
+CHALLENGER_ALIAS = "challenger"  # alias of a new model that is not better than the champion
+# The tag `replaced.ALIAS` of a version contains the number of the version that had ALIAS before.
+_REPLACED_TAG = "replaced"
 _MAX_DESCRIPTION_CHARS, _MAX_TAG_CHARS = 4900, 4000  # databases behind MLflow accept 5,000
 _UNUSED_VERSION, _NOT_FOUND = "2147483647", "RESOURCE_DOES_NOT_EXIST"
 
@@ -83,7 +84,9 @@ SERVED_CODE = (
 
 
 def resolve_model(model_uri: str, tracking_uri: str) -> ResolvedModel:
-    """Find and download a model. Aliases are resolved once.
+    """Find and download a model.
+
+    An alias is resolved only once, so all fields of the result describe the same version even if the alias moves.
 
     Args:
         model_uri: Artifact folder, or a URI that MLflow accepts (see `fetch_model`).
@@ -122,7 +125,7 @@ def fetch_model(model_uri: str, tracking_uri: str) -> Path:
 
 
 def _download(model_uri: str, tracking_uri: str) -> Path:
-    """Download the files of a URI. MLflow doesn't copy local files."""
+    """Download the files of a URI. For local files, MLflow returns their own path."""
     _require_store(model_uri, tracking_uri)
     mlflow = connect(tracking_uri)
     with client_timeouts(MODEL_TIMEOUTS), translate_errors(tracking_uri, model_uri, catch_all=True):
@@ -178,7 +181,7 @@ def pin_model_uri(model_uri: str, tracking_uri: str) -> str:
 
 
 def _require_store(model_uri: str, tracking_uri: str) -> None:
-    """Raise UserError if mlflow isn't installed or the store doesn't exist, because a lookup would create one."""
+    """Raise UserError if mlflow isn't installed or the SQLite store doesn't exist, since a lookup would create it."""
     if find_spec("mlflow") is None:
         raise UserError(f"'{model_uri}' needs mlflow, which is not installed. Install it or give a folder.")
     file = read_sqlite_path(tracking_uri)
@@ -296,7 +299,7 @@ def move_alias(name: str, alias: str, number: str, tracking_uri: str, previous: 
 
 
 def clear_previous_champion(version: ModelVersion, alias: str, tracking_uri: str) -> None:
-    """Remove a version's record of the previous champion. A later `move_alias` may set it again.
+    """Remove the tag that names the previous champion (`find_previous_champion`). `move_alias` may set it again.
 
     Args:
         version: The version.
@@ -310,13 +313,18 @@ def clear_previous_champion(version: ModelVersion, alias: str, tracking_uri: str
 def delete_old_versions(name: str, tag: str, keep: int, tracking_uri: str) -> list[str]:
     """Delete old versions of a model that have a tag, with their files.
 
-    Versions that have an alias or a stage, that a champion has replaced, or that have copies stay. Files are deleted
-    first, so the next call deletes versions whose files are already gone.
+    These versions stay:
+
+    - Versions with an alias or a stage.
+    - Versions that had an alias directly before the current version, to move the alias back.
+    - Versions whose files another version uses.
+
+    Files are deleted before their version. If a call is interrupted in between, the next call deletes the version.
 
     Args:
         name: Name of the registered model.
         tag: Name of the tag.
-        keep: Number of newest versions to keep.
+        keep: Number of other versions to keep, newest first.
         tracking_uri: URI of the MLflow server or store.
 
     Returns:
@@ -334,7 +342,7 @@ def delete_old_versions(name: str, tag: str, keep: int, tracking_uri: str) -> li
         staged = {str(version.version) for version in versions if version.current_stage not in (None, "None")}
         champion_tags = [version.tags.items() for version in versions if str(version.version) in in_use]
         in_use |= {number for tags in champion_tags for key, number in tags if key.startswith(f"{_REPLACED_TAG}.")}
-        # A copied version has the tags of its original, but the files belong to the original.
+        # A copy of a version has the tags of the original but no files of its own. Its source isn't `models:/m-...`.
         candidates = [
             version for version in versions if tag in version.tags and version.source.startswith("models:/m-")
         ]
@@ -447,7 +455,7 @@ def register_model(
     Ranker.load(artifact_folder)
     threads = torch.get_num_threads()
 
-    # Progress bars and "Successfully registered" go to stderr and not through a logger.
+    # MLflow prints progress bars and "Successfully registered" to stderr without a logger. Hide them.
     tracking_uri, ignored_output = mlflow.get_tracking_uri(), io.StringIO()
     with (
         client_timeouts(MODEL_TIMEOUTS),
@@ -495,7 +503,8 @@ def build_log_model_args(artifact_folder: Path, scratch: Path) -> dict[str, Any]
 def _signature(tasks: Sequence[ModelTask]) -> Any:
     """Build the signature, with inputs of any kind and the parameters of `request_reader.REQUEST_OPTIONS`.
 
-    MLflow would derive parameters from the example. Its values would become defaults, and all its weights required.
+    Without this signature, MLflow would derive parameters from the example request. The example's values would become
+    defaults, and callers would have to give all task weights.
     """
     from mlflow.models import ModelSignature
     from mlflow.types.schema import AnyType, DataType, Object, ParamSchema, ParamSpec, Property

@@ -51,12 +51,12 @@ _QUIET_LOGGERS = {"mlflow.system_metrics": logging.CRITICAL}  # it reports that 
 
 @dataclass(frozen=True)
 class Message:
-    """A message to a run.
+    """A change to a run that MLflow should record, such as new metrics.
 
     Attributes:
-        kind: Kind of the message.
-        values: JSON values.
-        file: File to upload under its own name.
+        kind: Part of the run to change.
+        values: Values to record as JSON, in the form that `_deliver` expects for the kind.
+        file: File to upload under its own name, for the kind `file`.
     """
 
     kind: Literal["params", "metrics", "tags", "inputs", "file", "end"]
@@ -65,14 +65,14 @@ class Message:
 
 
 class Outbox:
-    """Messages of one run.
+    """Sends the messages of one run to MLflow, and saves messages that can't be sent.
 
     Attributes:
         last_error: Error of the last message. None if it was sent.
     """
 
     def __init__(self, file: Path | None, send: Callable[[Message], None]) -> None:
-        """Collect messages for a run.
+        """Prepare to send messages.
 
         Args:
             file: File for messages that can't be sent. Without it, `put` raises the errors of `send`.
@@ -153,7 +153,7 @@ def list_unsent_runs(folder: Path) -> list[str]:
 
 @dataclass
 class Run:
-    """A run that is being recorded. Without an outbox, all methods do nothing.
+    """A run of which settings, metrics and files are recorded in MLflow. Without an outbox, all methods do nothing.
 
     Attributes:
         run_id: ID of the run.
@@ -240,8 +240,7 @@ class Run:
         """Log the rows that the run reads.
 
         Args:
-            datasets: Values `name`, `digest`, `source` (URI of the log), `rows` (number), `context` (purpose) and
-                `split`.
+            datasets: Descriptions of data sets as `describe_datasets` returns them.
         """
         masked = [{**dataset, "source": hide_password(dataset["source"])} for dataset in datasets]
         self._queue("inputs", {"datasets": masked} if datasets else {})
@@ -321,7 +320,7 @@ def open_run(
         run_id: ID of a run to continue.
         resume_key: Key of the run. A later run with the same key continues this run.
         parent_run_id: ID of the open run to nest this run under.
-        enabled: Whether to record. Pass False on all ranks except the first.
+        enabled: Whether to record the run. Pass False on all ranks except the first, so that only one rank records.
         outbox_folder: Folder for messages that can't be sent. Messages left there by any run are sent first. Without a
             folder, a message that can't be sent raises UserError.
         max_wait_seconds: Seconds to wait for MLflow to answer at the beginning.
