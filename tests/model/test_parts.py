@@ -134,7 +134,7 @@ def test_tasks_are_found_by_name_and_others_stay() -> None:
     [
         ((0.0, 0.0), (0.0, 1.0), 1.0, "must increase"),
         ((0.0, 1.0), (0.0, 1.0), 0.0, "must increase"),
-        ((0.0,), (0.0,), float("nan"), "not a finite number"),
+        ((0.0,), (0.0,), float("nan"), "is not finite"),
         ((0.0,), (0.0, 1.0), 1.0, "1 logits don't match 2 calibrated"),
     ],
 )
