@@ -227,7 +227,7 @@ class Summary:
 
     @property
     def one_row_per_user(self) -> bool:
-        """Whether each row has its own user, as in plain tables. Then there are no metrics within users."""
+        """Whether each row has its own user, as in plain tables. Then metrics within users or requests are missing."""
         return self.users == self.rows
 
 
