@@ -513,6 +513,6 @@ class Results:
 
     @cached_property
     def slices(self) -> list[SliceRecord]:
-        """All slices of the first model, compared with all rows and with the other models."""
+        """Records of all slices of the first model, each compared with all rows or with another model."""
         resamples = min(self.rules.resamples, SLICE_RESAMPLES)
         return compare_slices(self.models, self.name, resamples)

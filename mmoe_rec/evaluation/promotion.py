@@ -45,7 +45,7 @@ from mmoe_rec.tracking.client import UnreachableError
 from mmoe_rec.tracking.registry import CHALLENGER_ALIAS, ModelVersion
 from mmoe_rec.tracking.runs import Run
 
-_RESAMPLES = 200  # for intervals of calibration, which only need to show gross errors
+_RESAMPLES = 200  # few, because these intervals only check whether calibration is grossly wrong
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,11 @@ def compare_with_champion(
 
 
 def _judge_trouble(trouble: Exception, champion: ModelVersion, alias: str, is_loaded: bool = False) -> tuple[bool, str]:
-    """Decide whether a champion that can't be loaded or compared is replaced. Returns the decision and the reason."""
+    """Decide whether to replace a champion that can't be loaded or compared.
+
+    Returns:
+        Whether to replace it, and the reason.
+    """
     version, problem = f"version {champion.number} (alias '{alias}')", _one_line(trouble)
     # These errors occur on every machine. Other errors, such as lack of memory, may occur here alone.
     is_broken = isinstance(trouble, UserError) or "not finite numbers" in problem

@@ -402,8 +402,9 @@ def compare_slices(models: Mapping[str, MeasuredModel], model: str, resamples: i
 def sort_worst_first(records: Sequence[SliceRecord]) -> list[SliceRecord]:
     """Sort records with the significantly worse slices first.
 
-    AUC, R2 and NDCG come first, sorted by the difference, and comparisons with other models before comparisons with all
-    rows. Calibration follows, sorted by the distance from 1. Slices that are not worse come last, without calibration.
+    Among worse slices, AUC, R2 and NDCG come first. Comparisons with other models precede comparisons with all rows,
+    and larger losses precede smaller losses. Calibration follows, sorted by the distance from 1. Slices that are not
+    worse come last. Their calibration is left out.
     """
 
     def sort_key(record: SliceRecord) -> tuple[bool, bool, bool, float]:
@@ -425,7 +426,11 @@ def _compare_slice(
     resamples: int,
     is_cut: bool,
 ) -> Iterator[SliceRecord]:
-    """Yield records of a slice. `is_cut` says whether requests have rows in other slices too."""
+    """Yield records of a slice.
+
+    If `is_cut`, slices divide the rows of a request, so lists are shorter than in all rows. NDCG depends on the length
+    of lists, so it is not compared with all rows then.
+    """
     slice_sums, units = models[model].slices[key], models[model].sums.tables["ranking"]["user"].combine_chunks()
     others = {name: model.slices[key] for name, model in models.items() if key in model.slices}
     sides = {name: sums for name, sums in others.items() if describe_row_mismatch(slice_sums, sums) is None}

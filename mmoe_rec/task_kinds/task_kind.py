@@ -25,8 +25,8 @@ class TaskKind(str, ABC):
     Attributes:
         valid_labels: Rule for valid labels. NaN is an unobserved label.
         valid_predictions: Rule for valid predictions.
-        label_error: Error about a wrong label, to be appended to the column's name. The two `{}` stand for the task and the
-            value.
+        label_error: Error about a wrong label, to be appended to the column's name. The two `{}` stand for the task and
+            the value.
         is_binary: Whether labels are 0 and 1, and logits are log odds. Binary tasks have positive labels, AUC and
             calibration, and can be conditional on another binary task.
         is_linear: Whether the logit is the prediction, in the label's unit. Models of linear tasks learn standardized
