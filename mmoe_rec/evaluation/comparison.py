@@ -1,13 +1,13 @@
 """Compare a model with others on the same rows, and decide which model is better.
 
-docs/explanation/intervals-and-promotion.md explains the rule of `decide`. Holm's method (1979) corrects the
-p-values of the metrics in tables for the number of metrics. The p-value of `evaluation.primary_metric` is corrected for
-the number of models alone, because that metric was chosen before anything was measured.
+docs/explanation/intervals-and-promotion.md explains the rule of `decide`. Holm's method (1979) corrects the p-values of
+the metrics in tables for the number of metrics and models. The p-value of `evaluation.primary_metric` is corrected for
+the number of models alone, because this metric was chosen before anything was measured.
 
-A metric averaged over S runs varies with the runs and with the users. Its variance is the variance between runs / S
-plus the variance over users. A bootstrap of the mean over the same resampled users estimates the second part. The
-interval is Student's, with degrees of freedom by Welch and Satterthwaite. The difference between the means of two
-settings is computed in the same way.
+A metric averaged over S runs varies with the runs and with the sample of users. Its variance is therefore (variance
+between runs) / S + variance over users. The second part is estimated by a bootstrap of the mean, with the same
+resampled users in all runs. The interval is Student's t, with degrees of freedom by Welch and Satterthwaite. The
+interval of a difference between two settings is computed in the same way.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -43,7 +43,11 @@ SLICE_RESAMPLES = 200  # enough for standard errors within 5%
 
 
 class Outcome(StrEnum):
-    """Outcome of a comparison. `BLOCKED` is better, but a guardrail failed. `UNDECIDED` lacks an objective."""
+    """Outcome of a comparison in the objective, the metric that decides.
+
+    `BLOCKED` means that the model is better, but a guardrail failed. `UNDECIDED` means that there is no objective, or
+    that it is undefined or has no interval.
+    """
 
     BETTER = "better"
     BLOCKED = "blocked"
@@ -58,7 +62,7 @@ class Guardrail:
 
     Attributes:
         task: Name of the task, None for slices.
-        metric: `auc`, `r2`, `calibration` or `slices`.
+        metric: `auc` or `r2` (loss of a task), `calibration` (of a task) or `slices` (losses of slices).
         passed: Whether the guardrail passed.
         message: Sentence about the result.
     """
@@ -74,7 +78,7 @@ class ModelDifferences:
     """Differences between a model and a reference model.
 
     Attributes:
-        objective: Difference in the objective.
+        objective: Difference in the objective, the metric that decides.
         groups: Task or `score` -> metric -> difference.
     """
 
@@ -121,7 +125,8 @@ def compare(
 ) -> Comparison:
     """Compare a model with all others in all metrics, and decide as `decide` does.
 
-    Tasks that only one model predicts are left out. So is the `score`, if the models weigh relevance differently.
+    Tasks that only one model predicts are left out. The `score` is left out if the models' rows differ in relevance,
+    because they were measured with other weights of tasks.
 
     Args:
         models: Name -> measured model.
@@ -167,8 +172,8 @@ def find_differences(
 ) -> Differences:
     """Compare the mean metrics of several runs with means of other settings, without correcting p-values.
 
-    If one side has a single run, the intervals are over users alone. Tasks that one side lacks are left out. So is the
-    score, if the settings weigh tasks differently.
+    If either settings have a single run, the intervals cover the sample of users alone. Tasks that are not measured
+    for both settings are left out. The score is left out if the settings weigh tasks differently.
 
     Args:
         sums: Sums of the runs.
@@ -326,7 +331,8 @@ def check_slice_guardrail(
 ) -> Guardrail | None:
     """Check that no slice loses significantly more than the margin, corrected for the number of slices.
 
-    All tests together block an equal model in at most 2.5% of cases, as the interval of a single metric does.
+    All slices together block a model that is as good as the reference in at most 2.5% of cases. A guardrail of a
+    single metric has the same error rate.
 
     Args:
         slices: Slices of the model.
@@ -407,7 +413,7 @@ class RunsMean:
         low: Lower end of the 95% interval.
         high: Upper end of the 95% interval.
         std_between_runs: Standard deviation between runs.
-        standard_error_over_users: Standard error of the mean from the choice of users.
+        standard_error_over_users: Standard error of the mean, due to the sample of users.
         values: Value of each run.
     """
 
@@ -507,6 +513,6 @@ class Results:
 
     @cached_property
     def slices(self) -> list[SliceRecord]:
-        """All slices of the first model, compared with all rows and with the other models."""
+        """Records of all slices of the first model, each compared with all rows or with another model."""
         resamples = min(self.rules.resamples, SLICE_RESAMPLES)
         return compare_slices(self.models, self.name, resamples)

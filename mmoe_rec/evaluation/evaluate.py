@@ -118,7 +118,8 @@ def score_rows(
 ) -> PredictedRows:
     """Predict all rows as `predict_rows` does, and attach the labels.
 
-    With `training.sampling_correction`, metrics estimate those of the log before sampling.
+    If `training.sampling_correction` is `weights`, rows get weights that undo the sampling of the log. Metrics then
+    estimate the metrics of the log before sampling.
 
     Args:
         settings: Settings with the weights of the labels.
@@ -197,7 +198,7 @@ def collect_labels(
 def open_encoded_split(settings: Settings, artifact: Path, ranker: Ranker, split: str = "test") -> Iterator[Path]:
     """Yield the folder of encoded rows, locked so that no other process replaces them.
 
-    Existing rows are used if the model's features made them. Otherwise the rows are encoded with the model's features.
+    Existing encoded rows are used if they were encoded with the model's features. Otherwise the rows are encoded again.
 
     Args:
         settings: Settings of the rows.
@@ -255,7 +256,7 @@ def log_evaluation(
         model: The first of the measured models.
         results: Results of the models.
         out: Folder of the files.
-        artifact_path: Folder of the run's files.
+        artifact_path: Folder for the results among the run's artifacts.
         split: Split of the rows.
 
     Raises:
@@ -443,8 +444,8 @@ def describe_training_overlap(settings: Settings, artifact: Path, split: str = "
     Args:
         settings: Settings of the measured rows.
         artifact: Folder of the model. Its own settings define the training rows.
-        split: Split of the rows, `test` or `validation`. Judging rows of the validation split have not chosen the state
-            of a model.
+        split: Split of the rows. `test` also counts validation rows as training rows, because they selected the state
+            of the model. `validation` doesn't, for the evaluation rows, whose users did not select it.
 
     Returns:
         Sentences without a subject. Empty if the model has not seen the rows.

@@ -13,8 +13,9 @@ from mmoe_rec.evaluation.slices import SliceRecord, sort_worst_first
 from mmoe_rec.evaluation.summary import SCORE, UNINFORMATIVE_REQUESTS, GroupSummary, Summary
 
 MAX_PLAUSIBLE_RATIO = 2.0  # warn if predictions / labels or labels / predictions is larger
-MAX_PLAUSIBLE_ECE = 0.05  # expected calibration error, if half of the rows are in significantly wrong bins
-_SAME_IN_ANY_ORDER = 0.99  # NDCG@10 of a random order above which NDCG is not informative
+# Warn about an expected calibration error from here on, if half of the rows are in bins that are significantly off.
+MAX_PLAUSIBLE_ECE = 0.05
+_SAME_IN_ANY_ORDER = 0.99  # mean NDCG@10 of random orders above which NDCG can't distinguish models
 _LEFT_OUT = ("{} of one row", "{} without a relevant row", "{} whose rows are equally relevant")
 
 
@@ -34,7 +35,7 @@ def describe_metrics(summary: Summary) -> list[str]:
 
 
 def describe_excluded_tasks(compared: Comparison) -> list[str]:
-    """Return a sentence for each task that was not judged."""
+    """Return a sentence for each task that was not compared because it has too few labels."""
     return [
         f"{task} was not compared: {rows:,} rows have its rarer label, and {MIN_RARER_ROWS} are needed"
         for task, rows in compared.excluded_tasks.items()
@@ -50,7 +51,7 @@ def describe_slices(records: Sequence[SliceRecord]) -> Iterator[str]:
 
 
 def describe_cautions(results: Results) -> Iterator[str]:
-    """Yield notes on the rows of an evaluation without duplicates."""
+    """Yield notes on the measured rows. A note that holds for several models is yielded once."""
     summaries = list(results.summaries.values())
     compares_requests = results.comparison is not None and not results.one_row_per_user
     if compares_requests and any(summary.catalog is None for summary in summaries):
@@ -61,7 +62,7 @@ def describe_cautions(results: Results) -> Iterator[str]:
 
 
 def describe_notes(summary: Summary) -> Iterator[str]:
-    """Yield the notes of a summary, then the requests that are left out."""
+    """Yield the notes of a summary, then a sentence on the requests that ranking metrics leave out."""
     if (note := explain_summary(summary)) is not None:
         yield note
     for name in summary.groups:
@@ -190,7 +191,7 @@ def find_suspicious_results(results: Results) -> list[Finding]:
 
 
 def _in_score(summary: Summary) -> Iterator[str]:
-    """Find a score that ranks worse than chance although the predictions of a task don't."""
+    """Yield a sentence if the score ranks worse than chance although the predictions of a task rank better."""
     ndcg, random = summary.score.get("ndcg_at_10"), summary.score.get("random_ndcg_at_10").value
     tasks = [name for name, task in summary.tasks.items() if (task.get("gauc_request").low or 0.0) > 0.5]
     if random is not None and ndcg.high is not None and ndcg.high < random and tasks:

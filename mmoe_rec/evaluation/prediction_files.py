@@ -1,6 +1,6 @@
-"""Evaluate files of predictions, whose columns are named by settings or by the command line.
+"""Evaluate predictions in Parquet files. The settings or the command line name the columns.
 
-Rows are checked when they are read, and are kept in memory.
+Rows are checked when they are read, and all rows are kept in memory.
 """
 
 import os
@@ -47,14 +47,14 @@ _OWN = ("user", "request", "candidate", WEIGHT)
 
 @dataclass(frozen=True)
 class PredictionColumns:
-    """Tasks, and the columns of their rows.
+    """Tasks, and the names of the columns of prediction files.
 
-    A part is user, request, candidate, score, weight, predicted_TASK or label_TASK.
+    A part is the role of a column: user, request, candidate, score, weight, predicted_TASK or label_TASK.
 
     Attributes:
         tasks: Tasks to measure.
-        names: Part -> column. A request may have several columns, joined by `COLUMN_SEPARATOR`, that identify it
-            together.
+        names: Part -> name of the column. If several columns together identify a request, their names are joined by
+            `COLUMN_SEPARATOR`.
         optional: Parts that files may lack.
         outcomes: Joint outcomes, which files may lack.
         log_named: Parts that are named as in the log. Files without these columns use the names in `_OWN`.
@@ -101,9 +101,9 @@ class PredictionColumns:
         return replace(self, names={**self.names, **named}, optional=self.optional - named.keys(), log_named=log_named)
 
     def match(self, available: Collection[str]) -> "PredictionColumns":
-        """Return the parts for files with the available columns.
+        """Return a copy for files that together have the available columns, without optional parts that they lack.
 
-        All files need the columns that one file has, or a task would be measured on some rows only.
+        If one file has an optional column, all files need it. Otherwise a task would be measured on some rows only.
         """
         available, names = set(available), dict(self.names)
         for part in self.log_named & available:

@@ -1,12 +1,14 @@
 """Decide whether a version of a registered model becomes the champion, and roll back that decision.
 
-After training, the new model and the champion are compared on the validation rows of users that chose nothing about the
-new model. `promote` compares two versions on the test rows of the settings. Both use the rule of every comparison, with
-an interval over users and guardrails for tasks. The version keeps the decision and the reason.
+The champion is the version that has the alias. After training, the new model is compared with the champion on the
+evaluation rows. These are the rows of the half of the validation users that did not select the new model. `promote`
+compares two versions on the test rows of the settings. Both use the rule of `comparison.decide`. The decision and the
+reason are stored with the version.
 
-A champion that can't be served any more is replaced: its files are damaged, written by another version, or give
-predictions that are not finite. A champion that can't be compared here keeps the alias: its tasks or labels differ, its
-files can't be fetched, or its scores differ from the scores where it was written. An outage of MLflow decides nothing.
+A champion that can't be served any more is replaced. Its files are damaged, or written by an incompatible version of
+this package, or its predictions are not finite. A champion that can't be compared on this machine keeps the alias. Its
+tasks or labels differ, its files can't be fetched, or it gives other scores here than on the machine that wrote it. If
+MLflow does not answer, the alias stays.
 """
 
 from dataclasses import dataclass, replace
@@ -43,7 +45,7 @@ from mmoe_rec.tracking.client import UnreachableError
 from mmoe_rec.tracking.registry import CHALLENGER_ALIAS, ModelVersion
 from mmoe_rec.tracking.runs import Run
 
-_RESAMPLES = 200  # for intervals of calibration, which only need to show gross errors
+_RESAMPLES = 200  # few, because these intervals only check whether calibration is grossly wrong
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ def promote_trained(
 ) -> Decision:
     """Register a trained model, and move the alias to it if it is better. Otherwise it gets the alias `challenger`.
 
-    A repeated call of the same run registers nothing twice. If the alias moves during the comparison, the model becomes
-    the challenger.
+    A repeated call for the same run registers the model only once. If somebody else moves the alias during the
+    comparison, the model gets the alias `challenger`.
 
     Args:
         run: Run of the training.
@@ -114,7 +116,7 @@ def promote_trained(
 def compare_with_champion(
     settings: Settings, prepared: FeatureFolder, model: RankingModel, artifact: Path, champion: ModelVersion | None
 ) -> tuple[bool, str]:
-    """Compare a trained model with the champion on judging rows.
+    """Compare a trained model with the champion on the evaluation rows.
 
     Args:
         settings: Settings of the run.
@@ -162,7 +164,11 @@ def compare_with_champion(
 
 
 def _judge_trouble(trouble: Exception, champion: ModelVersion, alias: str, is_loaded: bool = False) -> tuple[bool, str]:
-    """Decide whether a champion that can't be loaded or compared is replaced. Returns the decision and the reason."""
+    """Decide whether to replace a champion that can't be loaded or compared.
+
+    Returns:
+        Whether to replace it, and the reason.
+    """
     version, problem = f"version {champion.number} (alias '{alias}')", _one_line(trouble)
     # These errors occur on every machine. Other errors, such as lack of memory, may occur here alone.
     is_broken = isinstance(trouble, UserError) or "not finite numbers" in problem
@@ -184,10 +190,10 @@ def _read_verdict(results: Results) -> tuple[bool, str]:
 def _score_by_champion(
     settings: Settings, prepared: FeatureFolder, ranker: Ranker, folder: Path, name: str
 ) -> PredictedRows:
-    """Score the judging rows with the champion, or raise UserError if its tasks differ.
+    """Score the evaluation rows with the champion, or raise UserError if the champion has other tasks.
 
-    The training's rows are used if the champion has the same features, or if these were extended from its features.
-    Otherwise the rows are encoded with the champion's features.
+    The rows that were encoded for the new model are used if both models have the same features, or if the new features
+    extend the champion's features. Otherwise the rows are encoded again with the champion's features.
     """
 
     def score(model: RankingModel, layout: ModelLayout, folder: Path) -> PredictedRows:
@@ -205,7 +211,7 @@ def _score_by_champion(
 
 
 def _open_judging_rows(folder: Path, layout: ModelLayout) -> EncodedDataset:
-    """Open the validation rows of users that chose nothing, or raise UserError if there are too few users."""
+    """Open the evaluation rows, or raise UserError if there are too few users to divide the validation users."""
     rows = EncodedDataset(folder, layout, part=ValidationPart.EVALUATION)
     if not rows.uses_part:
         raise UserError(
@@ -216,7 +222,11 @@ def _open_judging_rows(folder: Path, layout: ModelLayout) -> EncodedDataset:
 
 
 def _grow(prepared: FeatureFolder, ranker: Ranker, folder: Path) -> tuple[RankingModel, ModelLayout] | None:
-    """Return a model and its layout for features extended from its own, with equal outputs. None for other features."""
+    """Fit the champion to features that extend its own, without changing its outputs.
+
+    Returns:
+        The model and its layout. None if the features don't extend the champion's features.
+    """
     structure = Model.model_validate(ranker.info.model)
     rows = {table.name: table.rows for table in prepared.layout.tables}
     tables = tuple(replace(table, rows=rows.get(table.name, table.rows)) for table in ranker.layout.tables)
@@ -287,7 +297,11 @@ def _judge_versions(
 
 
 def _find_objections(results: Results, name: str, champion_name: str) -> list[str]:
-    """Return reasons against a version: training on the measured rows, the verdict, and its own suspicious metrics."""
+    """Return the reasons not to promote a version.
+
+    They are training on the measured rows, a verdict that is not `better`, and suspicious metrics of the version that
+    the champion doesn't have.
+    """
     assert results.comparison is not None
     (better, sentence), findings = _read_verdict(results), find_suspicious_results(results)
     objections = [

@@ -145,8 +145,8 @@ def _mark(results: Results, has_problem: bool) -> Any:
 def metrics_table(summaries: Mapping[str, Summary]) -> Table:
     """Build the table of metrics, with a row for each metric and a column for each model.
 
-    The main rows show GAUC alone of the metrics that rank requests by a task's prediction. Values have half the width
-    of their interval, and the best value of a row is bold.
+    Ranking metrics of tasks are in the rows to unfold, except GAUC, which is in the main rows. A value is followed by
+    half the width of its interval. The best value of a row is bold.
     """
     main, more, models = list[Row](), list[Row](), list(summaries.values())
     for group in (*{name: None for summary in models for name in summary.tasks}, SCORE):
@@ -348,7 +348,7 @@ def log_gate_weights(run: Run, layout: Layout, experts: Any, name: str) -> None:
     Args:
         run: Run of the training.
         layout: Layout with the tasks.
-        experts: Mean gate weights as `weights`, a tensor of one row for each task.
+        experts: Object whose attribute `weights` is a tensor (T, E) of mean gate weights of T tasks and E experts.
         name: Name of the figure.
     """
     if run.run_id is not None:

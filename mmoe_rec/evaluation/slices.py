@@ -1,8 +1,9 @@
-"""Slices of rows, and metrics on slices, to show losses of some users that the mean hides.
+"""Divide rows into slices and measure each slice, to show losses of some users that the mean hides.
 
-Columns of the log or of prediction files slice the rows. So does the number of training rows of their users and
-candidates (`RowSlicer`). A slice is compared with all rows in the same resamples of users, or with another model on the
-rows of the slice. docs/how-to/compare-and-promote.md describes the slices.
+Rows are sliced by columns of the log or of prediction files, and by the number of training rows of their users and
+candidates (`RowSlicer`). The metric of a model in a slice is compared with its metric on all rows, or with the metric
+of another model in the slice. Both are measured on the same resamples of users. docs/how-to/compare-and-promote.md
+describes the slices.
 """
 
 import re
@@ -48,10 +49,10 @@ from mmoe_rec.settings.sections import Settings
 
 _NDCG = "ndcg_at_10"
 SLICE_METRICS = ("auc", "calibration", "r2", _NDCG)
-"""Metrics of binary tasks, regressions and the score."""
+"""Metrics that are computed for slices: two of binary tasks, `r2` of regressions, and one of the score."""
 ALL_ROWS = "all rows"
 MAX_COLUMN_VALUES = 1_000
-"""Columns with more values are ids or numbers, and can't be sliced by value."""
+"""Maximum number of values of a column that is sliced by value. Columns with more values hold IDs or numbers."""
 TOP_VALUES = 20
 """Number of the most frequent values that become slices. The other values share one more slice."""
 MISSING, OTHERS = "(missing)", "(all others)"
@@ -158,10 +159,11 @@ class SliceSpec:
 
 
 class RowSlicer:
-    """Slices of the rows that all models share, by columns of the log and by counts of training rows.
+    """Divides the measured rows into slices, by columns of the log and by counts of training rows.
 
-    Encoded rows have only the columns that a model reads, so the log is read again to slice rows, for the first model.
-    Rows are matched by request and candidate, or by their number in a log without candidates.
+    Encoded rows have only the columns that a model reads, so the log is read again. This happens once, for the first
+    model, because all models are measured on the same rows. Rows of the log and encoded rows are matched by request and
+    candidate, or by row number if the log has no candidates.
     """
 
     def __init__(self, settings: Settings, artifact: Path) -> None:
@@ -239,7 +241,10 @@ def _open_log(settings: Settings, artifact: Path, slices: Sequence[SliceSpec]) -
 
 
 def _read_slices(log: Log, slices: Sequence[SliceSpec], wanted: np.ndarray, skips: bool) -> RowsBySlice:
-    """Return slices of rows as positions in their sorted keys, shape (N,) uint64."""
+    """Read the slices of rows from the log. `wanted` are the sorted keys (N,) uint64 of the measured rows.
+
+    Slices hold positions in `wanted`.
+    """
     names, split, columns = log.schema.columns, log.schema.split, dict.fromkeys(spec.column for spec in slices)
     needed = {names.user, names.candidate, names.request, names.time, None if split is None else split.column, *columns}
     reader = replace(log.reader, uses={name: use for name, use in log.uses.items() if name in needed})
@@ -312,7 +317,7 @@ class SliceRecord:
         group: Task, or `score`.
         metric: Name of the metric.
         rows: Number of rows.
-        labels: Rows with the rarer label, None for the score.
+        labels: Number of rows with the rarer label, or with any label for a regression. None for the score.
         requests: Number of requests that NDCG uses, None for other metrics.
         value: Value of the metric in the slice.
         compared_to: `ALL_ROWS`, or the name of the other model.
@@ -384,7 +389,7 @@ def compare_slices(models: Mapping[str, MeasuredModel], model: str, resamples: i
     """
     slices, whole, requests = models[model].slices, models[model].sums, Counter[str]()
     measured, records = BootstrapMetrics(whole, names=SLICE_METRICS), list[SliceRecord]()
-    # The slices use the same resamples.
+    # Slices are measured on the same resamples, because `bootstrap` has the same seed and number of users.
     all_rows = measured.bootstrap(resamples) if slices else {}
     for (by, _), sums in slices.items():
         requests[by] += sums.total("requests")
@@ -397,8 +402,9 @@ def compare_slices(models: Mapping[str, MeasuredModel], model: str, resamples: i
 def sort_worst_first(records: Sequence[SliceRecord]) -> list[SliceRecord]:
     """Sort records with the significantly worse slices first.
 
-    AUC, R2 and NDCG come first, sorted by the difference, and comparisons with other models before comparisons with all
-    rows. Calibration follows, sorted by the distance from 1. Slices that are not worse come last, without calibration.
+    Among worse slices, AUC, R2 and NDCG come first. Comparisons with other models precede comparisons with all rows,
+    and larger losses precede smaller losses. Calibration follows, sorted by the distance from 1. Slices that are not
+    worse come last. Their calibration is left out.
     """
 
     def sort_key(record: SliceRecord) -> tuple[bool, bool, bool, float]:
@@ -420,7 +426,11 @@ def _compare_slice(
     resamples: int,
     is_cut: bool,
 ) -> Iterator[SliceRecord]:
-    """Yield records of a slice. `is_cut` says whether requests have rows in other slices too."""
+    """Yield records of a slice.
+
+    If `is_cut`, slices divide the rows of a request, so lists are shorter than in all rows. NDCG depends on the length
+    of lists, so it is not compared with all rows then.
+    """
     slice_sums, units = models[model].slices[key], models[model].sums.tables["ranking"]["user"].combine_chunks()
     others = {name: model.slices[key] for name, model in models.items() if key in model.slices}
     sides = {name: sums for name, sums in others.items() if describe_row_mismatch(slice_sums, sums) is None}

@@ -1,4 +1,4 @@
-"""Sums of rows turned into the metrics of a model with intervals, and the metric that decides."""
+"""Turn sums of rows into the metrics of a model with intervals, and find the objective: the metric that decides."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,14 +25,14 @@ from mmoe_rec.task_kinds import KINDS
 
 SCORE, CATALOG = "score", "catalog"
 UNINFORMATIVE_REQUESTS = ("requests_of_one_row", "requests_without_relevant_row", "requests_of_equal_relevance")
-"""Counts of requests in which the order of rows does not matter."""
+"""Names of counts of requests for which all orders of rows are equally good."""
 OBJECTIVE: MetricKey = ("objective", "objective")
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Metric that decides: a metric of the score, or the mean of a metric over tasks.
+    """Metric that decides which model is better: a metric of the score, or the mean of a metric over tasks.
 
     Attributes:
         metric: Name of the metric.
@@ -127,7 +127,7 @@ class BootstrapMetrics:
                 self.groups[name] = UserSums(metrics, sums.tables, None if name == SCORE else name)
 
     def compute(self, counts: np.ndarray) -> Replicates:
-        """Compute all metrics in R resamples. The objective is left out if a part is missing.
+        """Compute all metrics in R resamples. The objective is left out if one of its tasks is not measured.
 
         Args:
             counts: Number of times that resamples draw each user, shape (U, R) float64.
@@ -142,11 +142,11 @@ class BootstrapMetrics:
 
     @property
     def point_values(self) -> dict[MetricKey, float]:
-        """Values of all metrics for the users as they are."""
+        """Values of all metrics with each user counted once."""
         return {key: float(value[0]) for key, value in self.compute(np.ones((self.num_units, 1))).items()}
 
     def effective_users(self, key: MetricKey) -> float:
-        """Return the effective number of users of a metric. The objective has the minimum of its parts."""
+        """Return the effective number of users of a metric. For the objective, it is the minimum over its tasks."""
         if key == OBJECTIVE and self.objective is not None:
             return min(self.groups[group].effective_users[self.objective.metric] for group in self.objective.groups)
         return self.groups[key[0]].effective_users[key[1]]
@@ -176,7 +176,7 @@ class GroupSummary:
             `UNINFORMATIVE_REQUESTS`.
         metrics: Metrics with intervals.
         details: Metrics without intervals, and further results.
-        effective_users: Effective number of users, None if it is large enough.
+        effective_users: Effective number of users, if it is too small for reliable intervals. Else None.
     """
 
     kind: str
@@ -227,7 +227,7 @@ class Summary:
 
     @property
     def one_row_per_user(self) -> bool:
-        """Whether each row has its own user, as in a plain table. Then nothing ranks within users or requests."""
+        """Whether each row has its own user, as in plain tables. Then metrics within users or requests are missing."""
         return self.users == self.rows
 
 
@@ -241,7 +241,8 @@ class MeasuredModel:
         address: URI of the model, or path of its predictions.
         training_overlap: Sentences about training on the measured rows.
         undertraining: Sentence about training that ended too early, if it did.
-        slices: (column that slices rows, value) -> sums of the slice, in the same units.
+        slices: (column that slices rows, name of the slice) -> sums of the slice. Their units (users or groups of
+            users) are the units of `sums`.
     """
 
     sums: EvaluationSums
@@ -270,7 +271,7 @@ def measure_model(
         resamples: Number of bootstrap resamples of users.
         slices: Parts of the rows to measure too.
         facts: Further entries of `metrics.json`.
-        about: Further attributes of the `MeasuredModel`.
+        about: Values of other attributes of the `MeasuredModel`, such as `address`.
 
     Raises:
         UserError: There is no row.

@@ -97,9 +97,9 @@ class VariantResult:
     Attributes:
         name: Name of the variant.
         cli_options: Options that adopt the variant, "" if it can't be adopted.
-        is_simpler: Whether it is worth adopting if it loses nothing.
+        is_simpler: Whether the variant is simpler than the base, and so worth adopting without a gain.
         metric_means: Metric, such as `auc of click` -> mean over runs.
-        verdict_metrics: Metrics that judge the variant.
+        verdict_metrics: Names of the metrics that decide about the variant. Empty for the base.
         parameters: Number of parameters of the network, None for trees alone.
         seconds: Mean seconds of a run.
     """
@@ -120,13 +120,13 @@ class ExperimentResult:
     Attributes:
         title: Title of the page.
         seeds: Seeds of the runs.
-        rows: Number of rows that judge.
+        rows: Number of rows on which variants are compared.
         resampling_units: What the intervals resample, `users` or `rows`.
         means: Task or `score` -> metric -> mean over the runs of the base variant.
         variants: Results of the variants, the base variant first.
         margin: Largest loss at which a simpler variant is adopted.
-        skipped_tasks: Task that isn't judged -> rows of its rarer label.
-        notes: Further sentences, which come first.
+        skipped_tasks: Task with too few labels to compare -> number of rows with its rarer label.
+        notes: Sentences to show before the verdicts.
         tables: Further tables.
         warnings: Reasons to distrust the results.
         facts: Name -> text, such as the log.
@@ -325,7 +325,10 @@ def save_result(runner: Runner, report: ExperimentResult) -> None:
 
 
 def _choose_metrics(settings: Settings, sums: EvaluationSums) -> dict[str, Metric[Any]]:
-    """Return the judging metric of each task with enough labels: the primary metric if it fits, else a guardrail."""
+    """Return the metric by which variants are compared in each task with enough labels.
+
+    It is `evaluation.primary_metric` if the task has this metric, else the task's guardrail metric.
+    """
     primary_metric = settings.evaluation.primary_metric
     primary, is_of_score = find_objective_metric(primary_metric), primary_metric.startswith(f"{SCORE}.")
     return {
@@ -372,7 +375,7 @@ def _summarize(
 
 
 def correct_p_values(variants: Sequence[VariantResult]) -> list[VariantResult]:
-    """Correct the p-values of all judged metrics for their number, by Holm's method."""
+    """Correct the p-values of the variants' `verdict_metrics` for the number of tests, by Holm's method."""
     judged = [(index, name) for index, variant in enumerate(variants) for name in variant.verdict_metrics]
     metric_means = [dict(variant.metric_means) for variant in variants]
     differences = holm_correct([metric_means[index][name].difference or Difference(None) for index, name in judged])
@@ -462,7 +465,11 @@ def _cell(metric: MetricMean | None) -> Cell:
 
 
 def _mean_cells(metric: BaseMetric, mean: RunsMean) -> list[str]:
-    """Return the cells of a mean: interval, deviation between runs, error by users, and the value of each run."""
+    """Return the cells of a metric's row.
+
+    They are the mean, its interval, the standard deviation between runs, the standard error over users, and the value
+    of each run.
+    """
     numbers = [mean.mean, mean.std_between_runs, mean.standard_error_over_users, *mean.values]
     value, *rest = (NO_VALUE if number is None else metric.format(number) for number in numbers)
     ends = [metric.format(end) for end in (mean.low, mean.high) if end is not None]

@@ -1,10 +1,12 @@
 """Find features that a model can do without, see `compare_features`.
 
-Permutation importance selects candidates: the inputs of a feature are replaced by those of random rows, which keeps
-their distribution and removes their information (Breiman, 2001; Fisher, Rudin and Dominici, 2019). User and context
-features are equal in all rows of a request, so whole requests exchange them. Candidate features are exchanged among all
-rows. Permutation shows only how much this model uses a feature. New runs without the candidates show how much the
-features are worth.
+Permutation importance selects the features that may be removable. The inputs of a feature are replaced by the inputs
+of random rows, which keeps their distribution and removes their information (Breiman, 2001; Fisher, Rudin and Dominici,
+2019). User and context features are equal in all rows of a request, so whole requests exchange them. Features of
+candidate items are exchanged among all rows.
+
+Permutation shows only how much one trained model uses a feature. Models that are trained without the selected features
+show how much the features are worth.
 """
 
 import json
@@ -60,7 +62,7 @@ class FeatureVerdict(StrEnum):
 
 
 def compare_features(settings: Settings, only: Sequence[str], margin: float, seeds: int) -> ExperimentResult:
-    """Permute features on validation rows, then train without the candidates and judge the runs on the test rows.
+    """Permute features on validation rows, train without features, and compare these runs on the test rows.
 
     Args:
         settings: Settings whose features are compared.
@@ -190,8 +192,8 @@ def is_significant_loss(loss: Difference) -> bool:
 def is_negligible(loss: Difference, margin: float) -> bool:
     """Return whether the interval of a loss excludes losses above the margin.
 
-    The limit is half the margin if the loss is significant. Validation rows selected the model, so they favor noise
-    that it learned from them.
+    A loss that is significantly above zero may be negligible too, because validation rows selected the state of the
+    model and so favor noise that it learned from them. The limit is then half the margin.
 
     Args:
         loss: Loss of features, corrected for the number of comparisons.

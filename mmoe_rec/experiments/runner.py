@@ -1,4 +1,4 @@
-"""Train variants with several seeds, and keep the predictions of each run for the rows that judge.
+"""Train variants with several seeds, and keep the predictions of each run for the rows that compare variants.
 
     FOLDER/FINGERPRINT/KEY.parquet     predictions of a run, where KEY hashes everything that they depend on
     FOLDER/FINGERPRINT/choices.json    the precision that all runs share
@@ -104,7 +104,7 @@ def write_run_predictions(
 
     Args:
         file: File to write.
-        tasks: Task -> predictions for the rows that judge.
+        tasks: Task -> predictions for the rows that compare variants.
         score: Scores of these rows.
         facts: Facts about the run, stored as metadata.
     """
@@ -153,7 +153,7 @@ class TrainedVariant:
     Attributes:
         variant: The variant.
         seeds: Seeds of the runs.
-        rows: Rows that judge.
+        rows: Rows that compare variants, with their labels.
         files: Prediction files of the runs.
         facts: Facts about the runs, such as `seconds`, and `steps` of a network.
     """
@@ -179,8 +179,8 @@ def open_runner(
     Args:
         settings: Settings that variants change.
         name: Name of the command and of its run in MLflow.
-        split: Split whose rows judge the variants.
-        part: Part of the split's users that judges, None for all users.
+        split: Split whose rows compare the variants.
+        part: Part of the split's users whose rows compare, None for all users.
         folder: Folder in `data.work_dir`, None for the name.
 
     Raises:
@@ -227,10 +227,10 @@ class Runner:
         settings: Settings that variants change.
         prepared: Features of the settings.
         folder: Folder of the command.
-        split: Split whose rows judge.
-        part: Part of the split's users that judges, None for all users.
+        split: Split whose rows compare the variants.
+        part: Part of the split's users whose rows compare, None for all users.
         run: Run of the command in MLflow, the parent of a run for each variant and seed.
-        exit_stack: Holds features of variants until the command ends.
+        exit_stack: Keeps the features of variants locked until the command ends.
     """
 
     settings: Settings
@@ -290,7 +290,11 @@ class Runner:
         return RunSpec(variant, changed, prepared, self._run_folder / f"{key}.parquet")
 
     def train_run(self, spec: RunSpec) -> Network | None:
-        """Train, and write the predictions of the rows that judge. Returns the network, None for trees alone."""
+        """Train a run, and write its predictions of the rows that compare variants.
+
+        Returns:
+            The network, None for trees alone.
+        """
         settings, layout, network = spec.settings, ModelLayout.of(spec.prepared.layout, spec.settings), None
         rows = EncodedDataset(spec.prepared.split(self.split), layout, part=self.part)
         with self.open_run(spec.name, spec) as run:
@@ -365,11 +369,14 @@ class Runner:
             return trainer.run(), trainer.precision_choice.precision
 
     def monitored_metric(self, best: Validation) -> float:
-        """Return the monitored metric of a validation on the selecting rows, as the base settings define it."""
+        """Return the monitored metric of a validation on the selection rows.
+
+        The base settings define the metric, so that variants which change it stay comparable.
+        """
         return best.objective(self.settings.training.monitor, ModelLayout.of(self.prepared.layout, self.settings))
 
     def _train_network(self, spec: RunSpec, layout: ModelLayout, run: runs.Run) -> tuple[Network, dict[str, Any]]:
-        """Train as `train` does, but keep nothing. Returns the network and facts about the run."""
+        """Train the network of a run without saving it. Returns the network and facts about the run."""
         settings, prepared = spec.settings, spec.prepared
         result, precision = self.fit(spec, run)
         model = load_best_network(settings, prepared, result)
@@ -396,7 +403,7 @@ class Runner:
         return TrainedVariant(variant, tuple(seeds), self._rows[folder], files, facts)
 
     def _find_features(self, settings: Settings) -> FeatureFolder:
-        """Return the features of a variant. Builds them if no earlier variant has the same."""
+        """Return the features of a variant, and build them if no other variant of this command has the same."""
         key = self._identify(settings)
         if key not in self._features:
             inputs = replace(BuildInputs.of(settings), work=self.folder / "features" / key)

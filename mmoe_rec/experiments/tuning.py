@@ -4,9 +4,12 @@
     data.work_dir/tuning/best.yaml                         the settings to use
     data.work_dir/tuning/comparison.json, report.html      the results
 
-Trials are evaluated on the selecting rows of the validation users, and the final candidate on the judging rows. A
-least-squares fit over the trials estimates the effect of each value. It uses every trial for every setting, while the
-best trial alone includes its own noise.
+The validation users are divided into two halves. The rows of one half (selection rows) compare trials and choose a
+candidate, which is a variant of the settings. The rows of the other half (evaluation rows) compare the candidate with
+the settings to start from.
+
+There are two possible candidates: the values of the best trial, and the best values according to a least-squares fit
+over all trials. The best trial may owe its result to noise. The fit uses every trial to estimate each effect.
 """
 
 import itertools
@@ -39,7 +42,7 @@ MIN_CONFIRMATION_SEEDS = 3
 MAX_FAILURES = 10
 """Number of consecutive trials without a result that ends the search."""
 TRIAL_SEED_OFFSET, CANDIDATE_SEED_OFFSET = 1000, 100_000
-"""Offsets from `training.seed` in trials, and in runs that choose a candidate."""
+"""Offsets that are added to `training.seed` for trials, and for runs that choose a candidate."""
 SettingValues = dict[str, Any]
 # Names of user attributes of Optuna's trials.
 _REASON, _SECONDS = "reason", "seconds"
@@ -151,7 +154,12 @@ def make_variant(name: str, values: SettingValues) -> Variant:
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial with a result: its values, and the monitored metric on the selecting rows."""
+    """A trial that completed.
+
+    Attributes:
+        values: Values of the settings.
+        result: The monitored metric (`training.monitor`) on the selection rows.
+    """
 
     values: SettingValues
     result: float
@@ -167,7 +175,7 @@ class Study:
     """
 
     def __init__(self, runner: Runner, space: Mapping[str, SearchRange]) -> None:
-        """Open the study, close trials of a killed command, and enqueue the settings' own values as the first trial.
+        """Open the study, mark trials of a killed command as failed, and try the settings' own values first.
 
         Args:
             runner: Runner that trains the trials.
@@ -258,7 +266,7 @@ class Study:
             variant: Variant with the values of the trial.
 
         Returns:
-            The monitored metric on the selecting rows.
+            The monitored metric (`training.monitor`) on the selection rows.
 
         Raises:
             TrialPruned: The trial fell behind the median of the earlier trials.
@@ -404,14 +412,15 @@ def current_values(settings: Settings, space: Mapping[str, SearchRange]) -> Sett
 
 
 def discretize(search: SearchRange, value: Any) -> str:
-    """Return the level of a value in the fit, as JSON.
+    """Return the level of a value: the category to which the value belongs in the least-squares fit.
 
     Args:
         search: Values to try.
         value: The value.
 
     Returns:
-        The value itself for choices, or the middle of its third of the range.
+        The level as JSON. Each choice is a level of its own. A range has three levels of equal width (logarithmic for a
+            log range), which are named by their middles.
     """
     if search.choices is not None:
         return json.dumps(value)
@@ -427,10 +436,10 @@ def discretize(search: SearchRange, value: Any) -> str:
 def estimate_effects(
     space: Mapping[str, SearchRange], trials: Sequence[Trial]
 ) -> dict[tuple[str, str], tuple[int, float]]:
-    """Estimate the main effect of each level of each setting by least squares.
+    """Estimate the main effect of each level (see `discretize`) of each setting by least squares.
 
-    The effects of a setting's levels sum to zero over the trials. A ridge penalty with the weight of one trial shrinks
-    each effect, so that a level that was tried once doesn't lead.
+    The effects of a setting have mean zero over the trials. A ridge penalty shrinks each effect as one more trial with
+    an average result would. A level that was tried only once is therefore unlikely to have the largest effect.
 
     Args:
         space: Setting -> values to try.
@@ -461,7 +470,10 @@ def _list_candidates(
     trials: Sequence[Trial],
     effects: Mapping[tuple[str, str], tuple[int, float]],
 ) -> list[Variant]:
-    """Return the best trial and the best levels of the fit as variants, without the settings' own values."""
+    """Return the best trial, and the levels with the largest effects, as variants.
+
+    Values that equal the settings' own values are left out. A variant without other values is no candidate.
+    """
     levels: dict[str, str] = {}
     for (name, level), (_, effect) in effects.items():
         if name not in levels or effect > effects[name, levels[name]][1]:
@@ -483,7 +495,7 @@ def _list_candidates(
 
 
 def _choose(runner: Runner, candidates: Sequence[Variant]) -> Variant:
-    """Choose a candidate by new runs on the selecting rows."""
+    """Train the candidates again with new seeds, and return the better one on the selection rows."""
     if len(candidates) == 1:
         return candidates[0]
     first_seed = runner.settings.training.seed + CANDIDATE_SEED_OFFSET

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 ValueRule = tuple[str, Callable[[np.ndarray], np.ndarray]]
 """Description of valid values, and a function from values (N,) to a mask (N,) of the valid ones."""
 MIN_LINEAR_PREDICTION = 1e-6
-"""Smallest prediction of a linear task in a product, because a factor of 0 would hide the other tasks."""
+"""Lower limit of a linear task's prediction in a product, because a factor of 0 would hide the other tasks."""
 
 
 class TaskKind(str, ABC):
@@ -25,15 +25,16 @@ class TaskKind(str, ABC):
     Attributes:
         valid_labels: Rule for valid labels. NaN is an unobserved label.
         valid_predictions: Rule for valid predictions.
-        label_error: Error about a wrong label, without the column's name. It has fields for the task and the value.
+        label_error: Error about a wrong label, to be appended to the column's name. The two `{}` stand for the task and
+            the value.
         is_binary: Whether labels are 0 and 1, and logits are log odds. Binary tasks have positive labels, AUC and
             calibration, and can be conditional on another binary task.
         is_linear: Whether the logit is the prediction, in the label's unit. Models of linear tasks learn standardized
             labels, files store them in float64, and predictions may be 0 or negative.
-        min_prediction: Smallest prediction that enters a product of predictions.
+        min_prediction: Lower limit to which predictions are raised in a product of predictions.
         guardrail_metric: Metric in which a task may not lose more than `evaluation.max_metric_drop`.
         loss_name: Name of the loss in reports.
-        loss_factor: Factor of the mean loss if task weights are learned, see `mmoe_rec.training.losses`.
+        loss_factor: Factor of the mean loss if training learns the weights of tasks, see `mmoe_rec.training.losses`.
         lightgbm_objective: LightGBM's name for the loss.
         mean_label_name: Name of the mean label in reports.
     """
