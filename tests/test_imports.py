@@ -19,7 +19,9 @@ ORDER = [
     {"batches"},
     {"model"},
     {"report"},
-    {*(f"live.{name}" for name in ("__init__", "journal", "journal_rows"))},
+    {
+        *(f"live.{name}" for name in ("__init__", "journal", "journal_rows")),
+    },
     {"inference", "profiling"},
     {f"live.{name}" for name in ("request_log", "label_join")},
     {"server"},

@@ -179,7 +179,10 @@ def test_an_override_leaves_a_feature_out(tmp_path):
             "(--training.epochs): 'training.epochs' must be greater than or equal to 1, found",
         ),
         (["--training", "{epochs: 0}"], "(--training): 'training.epochs' must be greater than or equal to 1, found 0"),
-        (["--features.item.pooling", "mean"], "(--features.item.pooling): unknown key 'features.item.pooling'; val"),
+        (
+            ["--features.item.pooling", "mean"],
+            "(--features.item.pooling): unknown key 'features.item.pooling'; val",
+        ),
         (
             ["--columns.user", "null", "--training.epochs", "2"],
             "(--columns.user, --training.epochs): feature 'last' needs columns.user",
@@ -281,7 +284,11 @@ CROSS = {"kind": "cross", "columns": ["u", "c"], "buckets": 2**31 + 1}
         ),
         ("features.last.task", _DROPPED, "'features.last': needs either `task`, for labels of the interaction log"),
         ("features", {}, "{}: section should have at least 1 item"),
-        ("data.work_dir", "s3://b", "{} must be a local or mounted folder, found 's3://b'"),
+        (
+            "data.work_dir",
+            "s3://b",
+            "{} must be a local or mounted folder, found 's3://b'",
+        ),
         ("split.train_end", "2024-03-01", "'split': train_end (2024-03-01 00:00) must be before valid"),
         ("features.x", CROSS, "'features.x.buckets' must be less than or equal to 2147483648"),
         ("features.x", {**USER_ID, "max_size": 2**31}, "'features.x.max_size' must be less than 2147483648"),

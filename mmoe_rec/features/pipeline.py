@@ -305,7 +305,11 @@ class FeaturePipeline:
             for key, table in state.tables.items():
                 pq.write_table(table, folder / f"{name}.{key}.parquet", compression="zstd")
         schema = self.schema.model_dump(mode="json")
-        fitted = {"key_types": self.key_types, "booleans": sorted(self.booleans), "label_scales": self.label_scales}
+        fitted = {
+            "key_types": self.key_types,
+            "booleans": sorted(self.booleans),
+            "label_scales": self.label_scales,
+        }
         text = {"format": FORMAT, "schema": schema, **fitted, "encoders": values}
         (folder / "pipeline.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
 

@@ -236,7 +236,12 @@ def export_journal(
 
 
 def update_tables(
-    artifact: Path, settings: Settings, out: Path, *, rebuild: bool = False, journal: Mapping[str, Any] | None = None
+    artifact: Path,
+    settings: Settings,
+    out: Path,
+    *,
+    rebuild: bool = False,
+    journal: Mapping[str, Any] | None = None,
 ) -> WrittenTables | None:
     """Write an artifact whose tables of counters and histories include the new files of the log.
 

@@ -356,7 +356,12 @@ def _regression_factor(values: list[str], weights: Mapping[str, float]) -> str:
 
 
 def _compare_value(
-    database: Database, name: str, kind: ValueKind, differs: str, rows: int, sides: tuple[str, str] | None = None
+    database: Database,
+    name: str,
+    kind: ValueKind,
+    differs: str,
+    rows: int,
+    sides: tuple[str, str] | None = None,
 ) -> Comparison:
     """Compare one value in all matched rows.
 

@@ -145,7 +145,11 @@ def _count_labels(database: Database, layout: Layout) -> tuple[dict[str, dict[st
 
     def describe_tasks(*totals: float) -> dict[str, Any]:
         return {
-            task.name: {"kind": task.kind, "observed": observed, "rate": total / observed if observed else None}
+            task.name: {
+                "kind": task.kind,
+                "observed": observed,
+                "rate": total / observed if observed else None,
+            }
             for task, observed, total in zip(layout.tasks, totals[::2], totals[1::2], strict=True)
         }
 

@@ -237,7 +237,9 @@ class Evaluation(Section):
         0.005, ge=0, description="largest loss of AUC (or R2) for any task, including its interval"
     )
     max_calibration_ratio: float = Field(
-        1.25, gt=1, description="largest ratio of mean prediction and mean label, unless the compared model exceeds it"
+        1.25,
+        gt=1,
+        description="largest ratio of mean prediction and mean label, unless the compared model exceeds it",
     )
     slices: tuple[str, ...] = Field(
         (),

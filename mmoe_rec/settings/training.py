@@ -79,7 +79,8 @@ class Training(Section):
         description="weights of task losses: `loss_weight` alone, or also learned uncertainties (Kendall, 2018)",
     )
     sampling_correction: Literal["none", "weights"] = Field(
-        "none", description="correction for sampled logs. weights gives rows the weight 1 / `columns.sampling_rate`."
+        "none",
+        description="correction for sampled logs. weights gives rows the weight 1 / `columns.sampling_rate`.",
     )
     seed: int = Field(17, ge=0, description="seed of initial weights, shuffling and dropout")
     checkpoint_steps: int = Field(1000, ge=1, description="steps between checkpoints; one more after each validation")

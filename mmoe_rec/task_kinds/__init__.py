@@ -12,7 +12,10 @@ from pydantic import AfterValidator, PlainSerializer
 
 from mmoe_rec.task_kinds.task_kind import TaskKind
 
-NAMES = ("binary", "regression")
+NAMES = (
+    "binary",
+    "regression",
+)
 """Values of a task's `kind` in settings. The file with the same name in this folder defines `KIND`."""
 
 KINDS: dict[str, TaskKind] = {name: import_module(f"{__name__}.{name}").KIND for name in NAMES}

@@ -28,7 +28,12 @@ from mmoe_rec.training.boosting import Predictor, TreeInputs, fit_boosted_trees,
 TREES_BASELINE, POPULARITY_BASELINE = "gradient boosting", "popularity"
 
 
-def measure_baselines(settings: Settings, out: Path, evaluated: Results | None = None, name: str = "model") -> Results:
+def measure_baselines(
+    settings: Settings,
+    out: Path,
+    evaluated: Results | None = None,
+    name: str = "model",
+) -> Results:
     """Train the baselines, measure them on the test rows, and write a report.
 
     Args:

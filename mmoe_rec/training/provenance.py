@@ -7,7 +7,13 @@ from mmoe_rec.settings.sections import Settings, diff_settings
 
 # Settings that may change when a run is resumed, because they don't affect the weights. They say on which devices a run
 # computes, how long ranks wait for each other and when checkpoints are written.
-_IGNORED = {"checkpoint_steps", "keep_checkpoints", "device", "threads", "timeout_minutes"}
+_IGNORED = {
+    "checkpoint_steps",
+    "keep_checkpoints",
+    "device",
+    "threads",
+    "timeout_minutes",
+}
 
 
 @dataclass(frozen=True)

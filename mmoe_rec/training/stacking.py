@@ -197,7 +197,11 @@ def is_significantly_lower(
 
 
 def fit_blend(
-    kind: TaskKind, network: np.ndarray, trees: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
+    kind: TaskKind,
+    network: np.ndarray,
+    trees: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray | None = None,
 ) -> Blend:
     """Fit the weights of network and trees on rows that trained neither of them (stacking: Wolpert, 1992).
 

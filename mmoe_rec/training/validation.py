@@ -149,7 +149,11 @@ class ValidationSums:
 
 @torch.no_grad()
 def validate(
-    model: RankingModel, batches: Iterable[Batch], layout: Layout, device: torch.device, stop: StopRequest | None = None
+    model: RankingModel,
+    batches: Iterable[Batch],
+    layout: Layout,
+    device: torch.device,
+    stop: StopRequest | None = None,
 ) -> Validation | None:
     """Validate a model on the batches of all ranks, without placement features. All ranks must call this together.
 

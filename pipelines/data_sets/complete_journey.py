@@ -30,7 +30,10 @@ def _schema(required: dict[str, pa.DataType], texts: tuple[str, ...] = ()) -> pa
 
 
 INT64 = pa.int64()
-PROMOTIONS = _schema({"product_id": INT64, "store_id": INT64, "week": INT64}, ("display_location", "mailer_location"))
+PROMOTIONS = _schema(
+    {"product_id": INT64, "store_id": INT64, "week": INT64},
+    ("display_location", "mailer_location"),
+)
 TRANSACTIONS = _schema(
     {
         **dict.fromkeys(("household_id", "store_id", "basket_id", "product_id", "quantity", "week"), INT64),

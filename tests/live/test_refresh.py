@@ -177,7 +177,11 @@ def _dying(function: Callable[..., Any], after: bool, error: type[BaseException]
 
 @pytest.mark.parametrize(
     ("place", "name", "after", "versions"),
-    [(job, "update_tables", True, 2), (registry, "register_model", True, 3), (job, "move_alias", True, 2)],
+    [
+        (job, "update_tables", True, 2),
+        (registry, "register_model", True, 3),
+        (job, "move_alias", True, 2),
+    ],
 )
 def test_a_refresh_that_was_killed_is_ended_by_the_next(
     model: RefreshedModel, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, after: bool, versions: int

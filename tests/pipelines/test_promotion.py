@@ -177,7 +177,10 @@ def test_a_version_that_cannot_be_served_is_refused_and_gives_way(
 def test_what_is_asked_for_wrongly_is_reported(world: World, capsys: pytest.CaptureFixture) -> None:
     for words, message in (
         (("--challenger", "99"), "99"),
-        (("--challenger", "nobody"), "no version of 'learnable' has the alias 'nobody'. Give the number of a version"),
+        (
+            ("--challenger", "nobody"),
+            "no version of 'learnable' has the alias 'nobody'. Give the number of a version",
+        ),
         ((), "Give either --challenger V or --rollback"),
         (("--challenger", "2", "--rollback"), "Give either --challenger V or --rollback"),
         (("--challenger", "2", "--tracking.registered_model", "unknown"), "unknown"),

@@ -64,7 +64,10 @@ def test_another_training_than_the_one_that_died_is_refused_and_the_same_goes_on
     with dying_after(12):
         world.train()
     for words, named in (
-        (("--from", "models:/learnable@champion"), "no --from, and now it is --from models:/learnable@champion"),
+        (
+            ("--from", "models:/learnable@champion"),
+            "no --from, and now it is --from models:/learnable@champion",
+        ),
         (("--training.learning_rate", "0.5"), "training.learning_rate 0.01, and now it is 0.5"),
         (("--split.validation_end", "2024-03-07T12:00"), "split.validation_end "),
     ):

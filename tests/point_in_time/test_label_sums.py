@@ -19,7 +19,14 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.point_in_time.join import Lookups
 from mmoe_rec.preprocessing.build_inputs import BuildInputs
 from mmoe_rec.preprocessing.prepare import prepare
-from tests.log.small_logs import log_rows, random_log, schema_of, windows_of, with_column, write_log
+from tests.log.small_logs import (
+    log_rows,
+    random_log,
+    schema_of,
+    windows_of,
+    with_column,
+    write_log,
+)
 
 ITEM = {"kind": "id", "column": "item", "min_count": 1}
 COUNTER = {"kind": "counter", "task": "spent", "by": ["brand"], "outputs": ["rate"], "window_days": [None, 1, 2.5]}

@@ -103,7 +103,10 @@ def test_what_is_advised_where_a_split_has_no_rows_helps(growing):
     def count(features: FeatureFolder) -> None:
         measure_health("log", features, growing.schema, growing.folder / "scratch")
 
-    for needs_rows in (lambda: prepared.require_rows("train", "validation"), lambda: count(prepared)):
+    for needs_rows in (
+        lambda: prepared.require_rows("train", "validation"),
+        lambda: count(prepared),
+    ):
         with pytest.raises(UserError, match=message):
             needs_rows()
     prepared.require_rows("test")

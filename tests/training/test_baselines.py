@@ -33,7 +33,9 @@ def test_popularity_is_the_smoothed_rate_of_rows_by_their_weights(unit: float | 
     labels[random.random(200) < 0.1] = np.nan
     weights = random.integers(1, 4, 200) if unit else np.ones(200, int)
     actual = fit_target_encoding(
-        pa.array([f"item {entry}" for entry in items]), labels, None if unit is None else weights * unit
+        pa.array([f"item {entry}" for entry in items]),
+        labels,
+        None if unit is None else weights * unit,
     )(pa.array([f"item {index}" for index in range(6)]))
     often, item, smoothing = labels.repeat(weights), items.repeat(weights), 20 * weights[~np.isnan(labels)].mean()
     for own, rate in enumerate(actual):

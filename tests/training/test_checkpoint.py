@@ -201,7 +201,11 @@ def folder(prepared: FeatureFolder, tmp_path_factory: pytest.TempPathFactory) ->
     train(prepared, folder / "balanced 1", None, BALANCED)
     with pytest.raises(CrashError):
         train(prepared, folder / "1-2", crash(100), DRAWS)
-    first = [(folder / "2", DROPS, None), (folder / "2-2", DROPS, 100), (folder / "balanced 2", BALANCED, None)]
+    first = [
+        (folder / "2", DROPS, None),
+        (folder / "2-2", DROPS, 100),
+        (folder / "balanced 2", BALANCED, None),
+    ]
     spawn(train_on_rank, prepared, first)
     spawn(train_on_rank, prepared, [(folder / "2-2", DROPS, None), (folder / "1-2", DRAWS, None)])
     return folder

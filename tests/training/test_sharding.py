@@ -126,7 +126,13 @@ def test_split_columns_are_those_of_whole_rows(tmp_path: Path) -> None:
         Training(sharding="column_wise", shard_columns=4, table_learning_rate=0.1, seed=SEED),
     )
     with process_group(CPU):
-        sharded = shard(small_model(torchrec_tables(LAYOUT)), LAYOUT, CPU, batch_size=ROWS, settings=spread)
+        sharded = shard(
+            small_model(torchrec_tables(LAYOUT)),
+            LAYOUT,
+            CPU,
+            batch_size=ROWS,
+            settings=spread,
+        )
         assert "item: column_wise (rank 0: 60 rows of 4 columns)" in sharded.plan
         model = sharded.model.eval()
         logits = model(batch).logits

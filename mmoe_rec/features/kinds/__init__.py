@@ -12,7 +12,16 @@ from mmoe_rec.features.encoder import FeatureKind
 from mmoe_rec.settings.log_columns import drop_model_choices
 from mmoe_rec.settings.schema import Feature, Schema
 
-NAMES = ("id", "ids", "numeric", "vector", "time", "cross", "history", "counter")
+NAMES = (
+    "id",
+    "ids",
+    "numeric",
+    "vector",
+    "time",
+    "cross",
+    "history",
+    "counter",
+)
 """Values of `kind` in a settings file. The file of the same name in this folder defines the kind as `KIND`."""
 
 FEATURE_KINDS: dict[str, FeatureKind] = {name: import_module(f"{__name__}.{name}").KIND for name in NAMES}

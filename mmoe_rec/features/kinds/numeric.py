@@ -27,7 +27,8 @@ class NumericFeature(Feature, EmbeddingChoices):
     )
     buckets: int = Field(32, ge=2, le=4096, description="number of quantile buckets (transform: buckets)")
     values: Literal["auto"] | None = Field(
-        None, description="auto: add embeddings of frequent exact values, such as 0 or a round price"
+        None,
+        description="auto: add embeddings of frequent exact values, such as 0 or a round price",
     )
 
     @model_validator(mode="after")

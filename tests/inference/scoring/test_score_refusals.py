@@ -40,7 +40,10 @@ WRONG = {
     "no request": (good().drop_columns(["request"]), "'{file}' has no column 'request'"),
     "no time": (good().drop_columns(["time"]), "'{file}' has no column 'time'"),
     "a null user": (changed("user", with_null), "'{file}': column 'user' is null, .*199"),
-    "two users": (changed("user", lambda c: pa.array(np.arange(200))), "'{file}' belong to one request .* 'user'"),
+    "two users": (
+        changed("user", lambda c: pa.array(np.arange(200))),
+        "'{file}' belong to one request .* 'user'",
+    ),
     "no rows": (good().slice(0, 0), "has no rows"),
 }
 
