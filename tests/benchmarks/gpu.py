@@ -189,7 +189,6 @@ PARTS = {"scoring": scoring, "training": training}
 
 
 def main() -> None:
-    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")

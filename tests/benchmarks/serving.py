@@ -117,7 +117,6 @@ def served(checkout: Path, model: Path, workers: int, folder: Path) -> Iterator[
 
 
 def main() -> None:
-    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="an artifact folder")
     parser.add_argument("--beside", type=Path, help="another checkout, with an environment in .venv")

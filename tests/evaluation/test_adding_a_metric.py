@@ -29,7 +29,6 @@ class Brier(Ratio[TaskRows]):
 
 @pytest.fixture
 def toys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line."""
     behind = 1 + [metric.name for metric in registered.METRICS].index("calibration")
     before, after = registered.METRICS[:behind], registered.METRICS[behind:]
     monkeypatch.setattr(registered, "METRICS", (*before, Brier(), *after))

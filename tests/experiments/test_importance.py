@@ -63,7 +63,6 @@ def exchange(world: SmallModel, feature: str, repeat: int, folder: Path) -> Path
 
 
 def measure(world: SmallModel, folder: Path) -> float:
-    """The AUC of click."""
     rows = [part for part, _ in EncodedDataset(folder, world.model_layout).stream(100)]
     predicted = predict_rows(world.model, world.model_layout, rows, UNCALIBRATED)[0][:, 0]
     label = np.concatenate([part.labels for part in rows])[:, 0]

@@ -106,7 +106,6 @@ class RefreshedModel(Registered):
         return table
 
     def refresh(self, *words: str) -> None:
-        """The command."""
         commands.run("refresh", "--config", str(self.config), *words)
 
     def take_in(self, *words: str) -> None:

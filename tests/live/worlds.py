@@ -67,7 +67,6 @@ class World:
             )
 
     def event(self, name: str, user: int, hour: float, item: int, **more: Any) -> None:
-        """Adds an event."""
         self.events.setdefault(name, []).append({"user": user, "item": item, "at": START + round(hour * HOUR), **more})
 
     def write(self, folder: Path, until: int | None = None, since: int | None = None, seed: int = 0) -> None:

@@ -156,7 +156,6 @@ def log_rows(table: pa.Table, schema: Schema) -> LogRows:
 
 
 def stream_of(tables: Iterable[pa.Table], schema: Schema) -> list[LogRows]:
-    """One batch a table."""
     return [log_rows(table, schema) for table in tables]
 
 

@@ -63,7 +63,6 @@ class World:
         run("features", "--config", str(self.folder / "second.yaml"), "--extend")
 
     def train(self, *words: str, day: str = "first") -> None:
-        """The command."""
         run("train", "--config", str(self.folder / f"{day}.yaml"), *words)
 
     @property
@@ -73,7 +72,6 @@ class World:
 
     @property
     def client(self) -> mlflow.MlflowClient:
-        """MLflow's."""
         return mlflow.MlflowClient(self.uri, self.uri)
 
     def champion(self, alias: str = "champion") -> ModelVersion | None:

@@ -43,7 +43,6 @@ class TrackingServer:
         self._running.close()
 
     def query(self, text: str, *values: Any) -> list[tuple[Any, ...]]:
-        """Of its database."""
         with sqlite3.connect(self.folder / "store.db") as store:
             return store.execute(text, values).fetchall()
 
@@ -74,7 +73,6 @@ class Training:
         self.config.write_text(yaml.safe_dump(tree), encoding="utf-8")
 
     def run(self, *words: str) -> int:
-        """Its exit code."""
         return commands.exit_code("train", "--config", self.config, *words)
 
     def metrics(self) -> list[tuple[Any, ...]]:
@@ -88,7 +86,6 @@ class Training:
         )
 
     def versions(self) -> list[tuple[Any, ...]]:
-        """Of the model."""
         return self.server.query("select version from model_versions where name = ?", self.name)
 
     def plots(self) -> set[str]:

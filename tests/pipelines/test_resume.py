@@ -47,7 +47,6 @@ class Training:
         return Command(self.command)
 
     def finish(self) -> None:
-        """Runs to the end."""
         process = self.start()
         assert process.wait() == 0, process.stderr
 

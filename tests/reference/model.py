@@ -117,7 +117,6 @@ class Mixture:
         return logits
 
     def forward(self, inputs: Tensor, placement: Tensor | None = None) -> Tensor:
-        """(B, T) logits."""
         places = [None] * len(inputs) if placement is None else placement.double()
         return torch.stack([self.forward_row(x, place) for x, place in zip(inputs.double(), places, strict=True)])
 

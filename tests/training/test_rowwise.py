@@ -48,11 +48,9 @@ class Tables:
         self.reference_momentum = [torch.zeros(rows, dtype=torch.float64) for rows in ROWS]
 
     def weights(self) -> list[torch.Tensor]:
-        """Of each table."""
         return [self.tables.state_dict()[f"embedding_bags.t{t}.weight"] for t in range(len(ROWS))]
 
     def momentum(self) -> list[torch.Tensor]:
-        """Of each table."""
         return [self.tables.momentum[f"t{t}"] for t in range(len(ROWS))]
 
     def look_up(self, bags: Any) -> torch.Tensor:
