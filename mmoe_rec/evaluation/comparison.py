@@ -37,7 +37,7 @@ from mmoe_rec.report.formatting import format_signed
 from mmoe_rec.settings.sections import Evaluation
 from mmoe_rec.task_kinds import KINDS
 
-# Most slices that a message lists.
+# Maximum number of slices that a message lists.
 MAX_LISTED_SLICES = 3
 SLICE_RESAMPLES = 200  # enough for standard errors within 5%
 
@@ -282,13 +282,13 @@ def decide(
 def check_guardrails(
     differences: ModelDifferences, summaries: Mapping[str, Summary], judged: Sequence[str], rules: Evaluation
 ) -> Iterator[Guardrail]:
-    """Check the guardrail metric and the calibration of eligible tasks.
+    """Check two guardrails for each task with enough labels: its guardrail metric and its calibration.
 
     Calibration passes unless it is significantly beyond the limit, and further from 1 than the reference model's.
 
     Args:
         differences: Differences between the model and the reference.
-        summaries: Name -> summary, of the model and then of the reference.
+        summaries: Model name -> summary. The first entry is the model, and the second is the reference.
         judged: Tasks with enough labels.
         rules: Settings with the limits.
 

@@ -100,8 +100,8 @@ class BootstrapMetrics:
 
     Attributes:
         num_units: Number of units that resamples draw.
-        objective: Metric that decides, if any.
-        groups: Task name or `score` -> sums.
+        objective: Metric that decides which model is better, None without a decision.
+        groups: Task name or `score` -> sums of its metrics by unit.
     """
 
     def __init__(

@@ -171,11 +171,11 @@ class PredictedRows:
     row: pa.Array | None = None
 
     def sum(self, grouped: bool | None = None) -> EvaluationSums:
-        """Sum the inputs of all metrics, by user or group of users.
+        """Sum the inputs of all metrics by unit. A unit is a user or a group of users.
 
         The relevance of a row for NDCG and MRR is max(0, sum over tasks of task weight x label). Unobserved labels and
         negative labels of a regression count as 0. If a request has one row, or rows of equal relevance, all orders are
-        equally good. NDCG and MRR leave such requests out, and the sums count them.
+        equally good. NDCG and MRR leave such requests out. The result has their number by reason.
 
         Args:
             grouped: Whether units are groups of users, None for groups if there are more than `MAX_BOOTSTRAP_UNITS`

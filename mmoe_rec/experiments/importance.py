@@ -284,7 +284,8 @@ def sample_rows(settings: Settings, folder: Path, layout: ModelLayout, max_rows:
     no_inputs = EncodedDataset(folder, replace(layout, tables=(), ids=(), dense=(), attention=()))
 
     def groups_of(table: pa.Table) -> np.ndarray:
-        # Metrics group users by other bits of the hash. The same bits would leave them with fewer groups.
+        # Sample by the lowest bits of the hash, since the bootstrap groups users by the highest bits. With the same
+        # bits, the sample would contain users of a few bootstrap groups only.
         return (hash_column(one_array(table["user"])) % np.uint64(MAX_BOOTSTRAP_UNITS)).astype(np.int64)
 
     counts = np.zeros(MAX_BOOTSTRAP_UNITS, np.int64)

@@ -346,7 +346,7 @@ class Runner:
             on_validation: Function to call with each validation and its step.
 
         Returns:
-            The result, whose checkpoints stay until the next run, and the precision.
+            The result, and the floating-point precision of the run, such as bf16. Checkpoints exist until the next run.
         """
         settings, shared = spec.settings, self._run_folder / "choices.json"
         training = settings.training.model_copy(update={"checkpoint_steps": 10**9, "keep_checkpoints": 1})

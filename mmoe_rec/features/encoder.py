@@ -18,7 +18,7 @@ from mmoe_rec.settings.log_columns import EVENT_TASK, ColumnUse
 from mmoe_rec.settings.schema import Feature, Schema
 
 StoreType = TypeVar("StoreType", bound=EventStore)
-# Results of N rows by name, either (N,) float32, the precision of exchange and encoding, or lists of ids.
+# Results of N rows by name: numbers of shape (N,), float32, or lists of IDs. Files and inputs are float32 too.
 LookupResults = Mapping[str, np.ndarray | DedupedRagged]
 
 

@@ -132,7 +132,14 @@ class LatestValues:
         return self.hashes[order], order.astype(np.int32)
 
     def find(self, hashes: np.ndarray) -> np.ndarray:
-        """Return the row of each key by (N,) uint64 `hashes` as (N,) int64, -1 if there is none. Ignores levels."""
+        """Return the row numbers of keys in `table`, -1 for missing keys. Later values, in `levels`, are ignored.
+
+        Args:
+            hashes: Hashes of the keys, shape (N,), uint64.
+
+        Returns:
+            Row numbers, shape (N,), int64.
+        """
         keys, order = self._index
         queries, positions = find_keys(keys, hashes)
         rows = np.full(len(hashes), -1)

@@ -363,6 +363,7 @@ def take_or_default(values: np.ndarray, index: np.ndarray, default: int) -> np.n
     return taken
 
 
+# Sizes of a log-structured merge tree (see `add_level`). Its levels are sets of events, the largest first.
 MAX_LEVELS = 3
 # A level can grow to this number of events, whatever the size of the next larger level.
 MIN_LEVEL_SIZE = 32_768

@@ -328,12 +328,12 @@ class WrittenTables:
 
 
 def extend_tables(features: Path, last: int, logs: Logs, included: IncludedFiles, out: Path) -> WrittenTables | None:
-    """Write a model's features with tables that are extended with new files.
+    """Add new files to the tables of a model's features, and write all of these features to `out`.
 
     Args:
         features: Folder of the model's features.
         last: Time of the last request in the tables, in microseconds.
-        logs: Logs with the model's schema and the types of `included`.
+        logs: Logs with the model's schema. Columns have the types that `included` recorded.
         included: Files that the tables include.
         out: Empty folder for the extended features.
 

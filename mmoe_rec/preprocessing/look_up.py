@@ -312,9 +312,9 @@ class ReceivedRows:
     """Events and lookups of a partition, or of a piece of a partition that was divided by time.
 
     Attributes:
-        exchange: Exchange of the rows.
-        number: Number of the receiver.
-        group: Encoders of the counters and histories with this key.
+        exchange: Files that the rows are read from.
+        number: Number of the partition or piece, which receives the rows.
+        group: Encoders of the counters and histories that look up by the key of the partition.
         window: Times [start, end) of the piece, in microseconds. None for no limit.
     """
 

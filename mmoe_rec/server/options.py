@@ -93,7 +93,7 @@ class HttpError(Exception):
 
 
 class CallLimiter:
-    """Limit on the concurrent calls of one page (`max_concurrent_calls`)."""
+    """Limit on the concurrent calls of one endpoint, such as /events (`max_concurrent_calls`)."""
 
     def __init__(self, limits: Serving, calls: str, on_change: Callable[[int], object] = lambda active: None) -> None:
         """Start without active calls.

@@ -31,11 +31,12 @@ Days = Annotated[float, Field(gt=0, le=36_500)]
 
 @dataclass(frozen=True)
 class InputSemantics:
-    """Meaning of a feature's inputs, for the health report.
+    """Meaning of a feature's inputs, for the health report. Rows are rows of the feature's embedding tables.
 
     Attributes:
         columns: Columns that the values come from.
-        row_name: Function of a table and a row that names the row, None if rows are IDs of a vocabulary.
+        row_name: Function of a table's name and a row's number that returns the meaning of the row. None if each row
+            stands for an ID of a vocabulary.
         missing: Whether row 0 stands for a missing value.
         unknown: Number of rows after row 0 for IDs outside the vocabulary.
         zeros_missing: Whether dense inputs that are all 0 stand for a missing value.
@@ -148,8 +149,8 @@ class EventFeature(Feature):
 class Schema(Section):
     """Meaning of a log, with all settings that features depend on, checked for consistency.
 
-    `mmoe_rec.features.kinds.schema_of` builds it from a settings file. It excludes the choices of the model (see
-    `log_columns`), so that nothing built from rows can depend on them.
+    `mmoe_rec.features.kinds.schema_of` builds it from a settings file. It excludes settings that only training reads,
+    such as loss weights (see `log_columns`), so a change of these settings needs no new features.
     """
 
     columns: Columns

@@ -165,7 +165,7 @@ def fit_boosted_trees(
                 return predictor, name
             candidates.append((measure_loss(predictor), leaves, name, predictor))
         loss, leaves, name, predictor = min(candidates, key=lambda candidate: candidate[0])
-        # The size that is best for the first view is used for all views, to save time.
+        # To save time, only the first view of the inputs tries all sizes. The other views use its best size.
         choices[name], losses[name], sizes = predictor, loss, (leaves,)
     if len(losses) > 1:
         best_two = sorted(losses, key=losses.__getitem__)[:2]
