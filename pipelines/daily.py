@@ -19,7 +19,7 @@ from pipelines.data_sets.ingest_common import command_parser
 
 @exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command with the arguments `argv`, by default those of the process."""
+    """Run the command with the arguments `argv`. None stands for the arguments of the process."""
     parser = command_parser("python -m pipelines.daily", __doc__)
     parser.add_argument("--config", required=True, metavar="C", help="settings file")
     options, overrides = parser.parse_known_args(argv)

@@ -197,7 +197,7 @@ def _split(table: pa.Table, split: np.ndarray[Any, Any]) -> pa.Table:
 
 @exit_with_message()
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command with `arguments`, by default those of the process."""
+    """Run the command with `arguments`. None stands for the arguments of the process."""
     parser = command_parser("python -m pipelines.ingest_census_income", __doc__)
     add = parser.add_argument
     add("--source", type=Path, required=True, help="folder with census-income.data and census-income.test")

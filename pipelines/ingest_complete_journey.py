@@ -252,7 +252,7 @@ def _positive(text: str) -> int:
 
 @exit_with_message()
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command with `arguments`, by default those of the process."""
+    """Run the command with `arguments`. None stands for the arguments of the process."""
     parser = command_parser("python -m pipelines.ingest_complete_journey", __doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder in which log/ and purchases/ are written or replaced")

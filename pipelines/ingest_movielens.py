@@ -274,12 +274,18 @@ def ingest(source: Path, out: Path, negatives_per_rated: int, seed: int) -> dict
 
 @exit_with_message()
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command with `arguments`, by default those of the process."""
+    """Run the command with `arguments`. None stands for the arguments of the process."""
     parser = command_parser("python -m pipelines.ingest_movielens", __doc__)
     add = parser.add_argument
     add("--source", type=Path, required=True, help="folder with ratings.dat, users.dat and movies.dat")
     add("--out", type=Path, required=True, help="folder in which log/ is written or replaced")
-    add("--negatives-per-rated", type=non_negative, default=4, metavar="N", help="(default: %(default)s)")
+    add(
+        "--negatives-per-rated",
+        type=non_negative,
+        default=4,
+        metavar="N",
+        help="sampled movies for each rated movie (default: %(default)s)",
+    )
     add("--seed", type=non_negative, default=17, help="seed of the sampled movies (default: %(default)s)")
 
     def ingest_options(options: argparse.Namespace) -> dict[str, int]:

@@ -184,7 +184,7 @@ def next_command(plan: Plan, out: Path) -> str:
 
 @exit_with_message()
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command with `arguments`, by default those of the process."""
+    """Run the command with `arguments`. None stands for the arguments of the process."""
     parser = command_parser("python -m pipelines.make_synthetic_log", __doc__)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of the log (default: %(default)s)")
     for name, default, text in (

@@ -47,7 +47,7 @@ def quickstart_settings(full: bool, out: Path, overrides: Sequence[str] = ()) ->
 
 @exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command with the arguments `argv`, by default those of the process."""
+    """Run the command with the arguments `argv`. None stands for the arguments of the process."""
     parser = command_parser("python -m pipelines.quickstart", __doc__)
     parser.add_argument("--full", action="store_true", help="all households, and baselines on the same rows")
     parser.add_argument("--out", metavar="DIR", help="folder of the log and of all outputs")

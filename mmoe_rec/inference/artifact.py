@@ -1,4 +1,4 @@
-"""The artifact folder contains everything needed to score, as plain data. This module reads it.
+"""Reader of the artifact folder, which contains all data to score rows, without pickle.
 
     <folder>/
         manifest.json          SHA-256 of every other file

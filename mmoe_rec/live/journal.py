@@ -3,7 +3,7 @@
     journal_about     one row: the journal's ID and the position up to which batches were removed
     journal_batches   position -> rows that were accepted together, as an Arrow IPC stream with a checksum
     journal_columns   log and column -> the column's type, from the first row with a value
-    journal_keys      keys of earlier rows, by which duplicate rows are recognized
+    journal_keys      keys of earlier rows, to recognize duplicates
     journal_requests  request -> its user and time
 
 Batches have the positions 1, 2, 3 and so on, without a gap. Only one process appends at a time. Readers therefore see

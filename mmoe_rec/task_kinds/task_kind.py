@@ -18,7 +18,7 @@ MIN_LINEAR_PREDICTION = 1e-6
 
 
 class TaskKind(str, ABC):
-    """Kind of a task. It's a string, the kind's name, which settings, layouts and reports store.
+    """Kind of a task. An instance is also a string, the name of the kind in settings, layouts and reports.
 
     Methods on tensors import torch when they run, because packages without torch use kinds too.
 
