@@ -26,12 +26,7 @@ class _Tensors:
     """A group of tensors that move between devices together."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Copy the tensors to a device.
-
-        Args:
-            device: Target device.
-            non_blocking: Whether to copy asynchronously if possible.
-        """
+        """Copy the tensors to a `device`, asynchronously if `non_blocking` is true and the memory is page-locked."""
         return self._map(lambda part: part.to(torch.device(device), non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
@@ -54,15 +49,15 @@ class _Tensors:
 
 @dataclass(frozen=True, eq=False)
 class KeyedIds(_Tensors):
-    """Lists of ids for F inputs and B rows. Values and lengths are key-major.
+    """Lists of ids for F inputs and B rows. All lists of an input come before the lists of the next input.
 
     Attributes:
-        keys: F names of inputs.
+        keys: Names of the inputs.
         values: (sum of lengths,) int64 ids.
-        lengths: (F * B,) int32 numbers of ids.
-        starts: F + 1 bounds of the inputs in `values`. The default computes them from the lengths, which synchronizes
-            with the GPU if the lengths are on a GPU.
-        offsets: (F * B + 1,) int64 bounds of the ids of each input and row.
+        lengths: (F * B,) int32 numbers of ids in the lists.
+        starts: F + 1 bounds of the inputs in `values`. If it is None, the constructor computes the bounds from
+            `lengths`, which makes the host wait for a GPU.
+        offsets: (F * B + 1,) int64 bounds of the lists in `values`.
     """
 
     keys: tuple[str, ...]
@@ -99,11 +94,11 @@ class AttentionEvents(_Tensors):
     Attributes:
         sizes: Number of events of each history, E in total.
         rows: (E,) int64 row of each event.
-        positions: (E,) int64 position of each event in the list of its row.
-        later: (E,) int64 number of events after each event in the list.
-        same: (E, K) float32, 1 where a part of the event has the same id as the candidate. K is the largest number of
-            parts of a history that have a counterpart in the candidate.
-        vectors: (size, W) float32 embeddings of the events of each history, set after a model looked them up.
+        positions: (E,) int64 position of each event in its history.
+        later: (E,) int64 number of later events in the same history.
+        same: (E, K) float32, 1 where an input of the event, such as its brand, has the same id as the candidate. K is
+            the largest number of inputs that a history shares with the candidate.
+        vectors: For each history, embeddings (size, width) float32 of its events. Empty until a model looks them up.
     """
 
     sizes: tuple[int, ...]
@@ -126,9 +121,9 @@ class Batch(_Tensors):
         position: Position at which a reader continues after this batch, None outside training.
         weights: (B,) float64 weights of the rows in the loss, None if all rows count alike.
         row_numbers: (B,) int64 numbers of the rows in the files, for `seeded_draws`.
-        ragged_inputs: Names of the R inputs that don't have exactly one id in every row.
-        pooling_weights: (R, B) float32 weight of one id in the mean of its row, which is 1 / number of ids, or 0
-            without ids. None if R is 0.
+        ragged_inputs: Names of the R inputs without exactly one id in every row. Inputs that attention pools don't
+            count.
+        pooling_weights: (R, B) float32, 1 / number of ids, or 0 without ids. None if R is 0.
         events: Events of the histories that attention pools.
     """
 
@@ -195,8 +190,8 @@ def make_batch(
     dense = _float_tensor(encoded.dense, (rows, len(layout.dense)), "dense inputs")
     if labels is None:
         labels = np.full((rows, len(layout.tasks)), np.nan, np.float32)
-    dtype = np.float64 if labels.dtype == np.float64 else np.float32
-    label_tensor = _float_tensor(labels, (rows, len(layout.tasks)), "labels", dtype)
+    label_type = np.float64 if labels.dtype == np.float64 else np.float32
+    label_tensor = _float_tensor(labels, (rows, len(layout.tasks)), "labels", label_type)
     observed = ~label_tensor.isnan()
     weight_tensor = None if weights is None else _float_tensor(weights, (rows,), "weights", np.float64)
     number_tensor = None if row_numbers is None else torch.from_numpy(np.require(row_numbers, np.int64, ["C", "W"]))
@@ -204,9 +199,7 @@ def make_batch(
     if ragged:
         counts = np.stack([lists.lengths for lists in ragged.values()])
         pooling = torch.from_numpy(np.divide(1.0, counts, out=np.zeros(counts.shape, np.float32), where=counts > 0))
-    ids: Any = None
-    if max_lengths or not torchrec:
-        ids = KeyedIds(tuple(inputs), values, lengths)
+    ids: Any = KeyedIds(tuple(inputs), values, lengths) if max_lengths or not torchrec else None
     if torchrec:
         from torchrec import KeyedJaggedTensor
 
@@ -217,17 +210,16 @@ def make_batch(
             totals = lengths.view(len(names), rows).sum(1).tolist()
         # Pass the totals, because torchrec would otherwise read them back from the device.
         ids = KeyedJaggedTensor(names, values, lengths=lengths, stride=rows, length_per_key=totals)
-    filled_labels = label_tensor.masked_fill(~observed, 0.0)
-    row_fields = (position, weight_tensor, number_tensor)
-    return Batch(ids, dense, filled_labels, observed, *row_fields, tuple(ragged), pooling, events)
+    row_fields = label_tensor.masked_fill(~observed, 0.0), observed, position, weight_tensor, number_tensor
+    return Batch(ids, dense, *row_fields, tuple(ragged), pooling, events)
 
 
 def split_by_position(ids: KeyedIds, lengths: Mapping[str, int]) -> KeyedIds:
-    """Split inputs into one input per position of their lists.
+    """Split each input in `lengths` into one input per position of its lists.
 
     Args:
         ids: Ids of all inputs.
-        lengths: Number of positions by the name of the input to split.
+        lengths: Input name -> number of positions.
 
     Raises:
         ValueError: A list has more ids than positions.
@@ -271,11 +263,11 @@ def _attention_events(inputs: Mapping[str, Any], layout: Layout) -> AttentionEve
 
 
 def same_ids(events: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """Return where events have the same id as their candidate, shape (E,), bool. Missing ids (row 0) never match.
+    """Return whether each event has the same id as its candidate, (E,) bool. Missing ids, stored as 0, never match.
 
     Args:
-        events: (E,) table rows of the events.
-        candidates: (E,) table rows of the candidates.
+        events: (E,) ids of the events.
+        candidates: (E,) ids of the events' candidates.
     """
     return (events == candidates) & (events != 0)
 
@@ -293,14 +285,13 @@ def _key_major(columns: Sequence[np.ndarray | Ragged], rows: int) -> tuple[Tenso
     """Return (sum of lengths,) int64 values, (F * B,) int32 lengths, and the number of values of each input."""
     flat = [column.values if isinstance(column, Ragged) else column for column in columns]
     totals = [len(values) for values in flat]
-    lengths = np.ones(len(columns) * rows, np.int32)
+    lengths = np.ones((len(columns), rows), np.int32)
     for index, column in enumerate(columns):
         if isinstance(column, Ragged):
-            assert int(column.lengths.sum()) == totals[index], "ids do not fit their lengths"
-            lengths[index * rows : (index + 1) * rows] = column.lengths
-        assert isinstance(column, Ragged) or totals[index] == rows, "ids do not fit the rows"
+            lengths[index] = column.lengths
+    assert lengths.sum(1).tolist() == totals, "ids do not fit their lengths"
     values = np.concatenate(flat, dtype=np.int64) if flat else np.empty(0, np.int64)
-    return torch.from_numpy(values), torch.from_numpy(lengths), totals
+    return torch.from_numpy(values), torch.from_numpy(lengths.ravel()), totals
 
 
 # Random numbers for rows and steps, which don't depend on how rows are split into batches and processes.
@@ -323,16 +314,13 @@ def seeded_draws(batch: Batch) -> Iterator[None]:
 
 
 def draw_uniform(shape: Sequence[int], device: torch.device) -> Tensor:
-    """Draw uniform numbers in (0, 1) with a counter-based generator (Salmon et al., SC 2011).
+    """Draw uniform float32 numbers in (0, 1) with a counter-based generator (Salmon et al., SC 2011).
 
-    It applies the mixing function of SplitMix64 (Steele et al., OOPSLA 2014) to a row's key and the index of the draw.
+    The generator uses the mixing function of SplitMix64 (Steele et al., OOPSLA 2014).
 
     Args:
         shape: Shape (B, ...) of the result.
         device: Device of the result.
-
-    Returns:
-        (B, ...) float32.
     """
     if (draws := _DRAWS.get()) is None:
         return torch.rand(tuple(shape), device=device)

@@ -20,7 +20,7 @@ ADVICE = "Run mmoe-rec features again."
 
 
 class ValidationPart(StrEnum):
-    """A part of the validation users. One part selects a model and one part evaluates it, so that no row does both."""
+    """A part of the validation users. One part selects models and the other evaluates them, so no row does both."""
 
     SELECTION = "selection"
     EVALUATION = "evaluation"
@@ -28,8 +28,8 @@ class ValidationPart(StrEnum):
     def contains(self, users: pa.Array) -> np.ndarray:
         """Return whether each of N `users` belongs to this part, shape (N,), bool.
 
-        A bit of the user's hash decides, so a user is in the same part on all days and for all models. The hash is
-        mixed again, because samples of users are drawn by the hash itself.
+        A bit of a hash decides, so a user is in the same part on all days and for all models. The user's hash is hashed
+        again, because samples of users are drawn by the first hash.
         """
         is_evaluation = splitmix64(hash_column(users)) >= np.uint64(1 << 63)
         return is_evaluation if self is ValidationPart.EVALUATION else ~is_evaluation
@@ -43,7 +43,7 @@ class LabeledRows:
         encoded: Inputs of the rows.
         labels: (N, T) float32, or float64 if a task is a regression. NaN is unobserved.
         weights: (N,) float64 weights (see `row_weights`), None if all rows weigh 1.
-        row_numbers: (N,) int64 numbers of the rows in file order, None unless the rows are a row group.
+        row_numbers: (N,) int64 positions of the rows among all rows of the files. Only `read_row_group` sets them.
     """
 
     encoded: EncodedInputs
@@ -59,7 +59,7 @@ class LabeledRows:
 
         Args:
             start: First row.
-            stop: End of the range (exclusive, at most N).
+            stop: End of the range, exclusive.
         """
         return self._with(self.encoded.slice(start, stop), lambda part: part[start:stop])
 
@@ -91,7 +91,8 @@ class EncodedDataset:
 
     Attributes:
         layout: Layout of the rows.
-        uses_part: Whether rows are restricted to a part of the users. False if one of the two parts has no label.
+        uses_part: Whether rows are restricted to a part of the users. If one of the two parts has no label, all rows
+            are used.
         has_weights: Whether the log has a column of weights.
         rows: Number of rows.
         row_groups: File index and row group index of each row group that has rows, in file order.
@@ -112,8 +113,8 @@ class EncodedDataset:
         Args:
             folder: Folder of the files.
             layout: Layout of the rows.
-            joint_labels: Whether tasks with `conditional_on` get the label of the joint outcome over all rows, which is
-                the label of their loss, and not their own label.
+            joint_labels: Whether tasks with `conditional_on` get the joint label (both labels are positive), which
+                their loss uses, instead of their own label.
             weighted: Whether rows are weighted by 1 / sampling rate.
             part: Part of the users to keep.
 
@@ -166,7 +167,7 @@ class EncodedDataset:
                 raise UserError(f"'{file}' lacks the column '{missing[0]}'. {ADVICE}")
 
     def weight_columns(self, weighted: bool) -> list[str]:
-        """Return the columns for `row_weights`, with the sampling rate if `weighted` is true."""
+        """Return the columns that `row_weights` reads, including the sampling rate if `weighted` is true."""
         return [*(["weight"] if self.has_weights else []), *(["sampling_rate"] if weighted else [])]
 
     def read_row_group(self, group: tuple[int, int], take: np.ndarray | None = None) -> LabeledRows:
@@ -221,19 +222,15 @@ class EncodedDataset:
         return pq.ParquetFile(self._files[file], metadata=self._metadata[file])
 
     def _convert(self, table: pa.Table, numbers: np.ndarray | None = None) -> LabeledRows:
-        labels = np.empty((table.num_rows, len(self.layout.tasks)), self._label_type)
-        for index, name in enumerate(self._labels):
-            labels[:, index] = table.column(name).to_numpy()
+        columns = [table.column(name).to_numpy() for name in self._labels]
+        labels = np.stack(columns, axis=1, dtype=self._label_type)
         weights = row_weights(table.select(self.weight_columns(self._weighted)))
         weights = None if weights is None else weights.astype(np.float64)
         return LabeledRows(EncodedInputs.from_arrow(table, self.layout), labels, weights, numbers)
 
 
 def row_weights(table: pa.Table) -> np.ndarray | None:
-    """Return the (N,) weights of the rows of `table`, which are weight / sampling_rate.
-
-    A missing column counts as 1. Without both columns the result is None.
-    """
+    """Return weight / sampling_rate for each row of `table`, (N,). A missing column counts as 1, two give None."""
     weights = table.column("weight").to_numpy() if "weight" in table.column_names else None
     if "sampling_rate" in table.column_names:
         inverse_rate = 1 / table.column("sampling_rate").to_numpy()

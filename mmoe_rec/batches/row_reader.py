@@ -1,23 +1,21 @@
-"""Training batches in one seeded order of all rows per epoch, of which each rank reads its slices.
+"""Training batches in a seeded order of all rows per epoch. Each rank reads only its own rows of a batch.
 
-The row groups of all files are permuted and cut into windows of about `shuffle_buffer_rows` rows. Within a row group
-the rows are permuted. Within a window the groups are mixed in proportion to their sizes: row j of group g with n rows
-has the key (j + u_g) / n, and rows are ordered by key (equal keys by group). So the order is known without reading any
-rows.
+The row groups of all files are permuted and cut into windows of about `shuffle_buffer_rows` rows. Rows are permuted
+within their row group. Then a window mixes its row groups in proportion to their sizes: row j of group g with n rows
+has the key (j + u_g) / n, and rows are sorted by key. The offsets u_g are fixed, so the order is known without reading
+any rows.
 
-A global batch is the next `batch_size` rows of the order, arranged by row group, and each rank takes its slots. Order
-and batches don't depend on the number of ranks, so a run can resume exactly from a position in the order. A rank has
-the same slots in every batch, so it reads only a fraction of the row groups. Two neighboring ranks both read the group
-at their border.
-
-A background thread prepares batches ahead of their consumer.
+A global batch has the next `batch_size` rows of the order. The number of ranks doesn't change it, so a run can resume
+from any position with another number of ranks. Within a batch, rows are sorted by row group, and each rank has the same
+range of every batch. A rank therefore reads only a fraction of the row groups.
 """
 
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from itertools import chain, groupby
 from typing import Generic, TypeVar, cast
 
@@ -34,13 +32,13 @@ _THREADS = 2
 
 @dataclass(frozen=True, eq=False)
 class ShuffleWindow:
-    """A range of an epoch's order with the rows of G row groups.
+    """All rows of G row groups, which are shuffled together.
 
     Attributes:
-        start: First position of the range.
+        start: Position of the first row in the epoch's order.
         groups: (G,) int64 indices of the row groups.
         sizes: (G,) int64 numbers of rows.
-        shift: Offset of u_g, in [0, 1).
+        shift: Random number in [0, 1) that shifts all offsets u_g (see the module).
     """
 
     start: int
@@ -50,14 +48,14 @@ class ShuffleWindow:
 
     @property
     def stop(self) -> int:
-        """End of the range (exclusive)."""
+        """Position after the last row."""
         return self.start + int(self.sizes.sum())
 
     def group_per_row(self) -> np.ndarray:
         """Return the group (0 to G - 1) of each row of the window, shape (stop - start,), int64."""
         group = np.arange(len(self.sizes))
-        # Multiples of the golden ratio are evenly distributed, also for a few neighboring groups (Kronecker sequence).
-        # So the rows that a batch has of the first g groups are closer to their proportion than with random u_g.
+        # Multiples of the golden ratio are spread evenly (Kronecker sequence). A batch then has rows of each group
+        # closer to the group's proportion than with random u_g.
         offsets = (self.shift + group * GOLDEN) % 1.0
         within = np.arange(self.sizes.sum()) - np.repeat(np.cumsum(self.sizes) - self.sizes, self.sizes)
         keys = (within + np.repeat(offsets, self.sizes)) / np.repeat(self.sizes, self.sizes)
@@ -65,25 +63,15 @@ class ShuffleWindow:
 
 
 @dataclass(frozen=True, eq=False)
-class WindowSlice:
-    """The rows of a global batch in one window, as ranges of the G permuted groups.
-
-    Attributes:
-        window: Window with the groups.
-        starts: (G,) int64 first row of each group.
-        counts: (G,) int64 number of rows of each group.
-    """
+class _WindowSlice:
+    """The rows of a global batch in one window: a first row and a number of rows for each of the G groups."""
 
     window: ShuffleWindow
     starts: np.ndarray
     counts: np.ndarray
 
     def keys(self) -> np.ndarray:
-        """Return the relative position (0 to 1) of each row in the window if rows were ordered by group.
-
-        Returns:
-            (sum of counts,) ascending float64.
-        """
+        """Return each row's position in the window if rows were sorted by group, as a fraction, ascending."""
         sizes, counts = self.window.sizes, self.counts
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         before = np.repeat(np.cumsum(sizes) - sizes, counts)
@@ -91,41 +79,35 @@ class WindowSlice:
         return (before + (within + 0.5) * spacing) / sizes.sum()
 
 
+@dataclass(frozen=True, eq=False)
 class EpochOrder:
     """The order of rows in one epoch.
 
     Attributes:
+        row_group_sizes: (number of row groups,) int64 numbers of rows, all positive.
+        shuffle_buffer_rows: Maximum number of rows in a window with more than one row group.
+        seed: Seed of the order.
         epoch: Index of the epoch.
-        windows: Windows in order.
     """
 
-    def __init__(self, row_group_sizes: np.ndarray, *, shuffle_buffer_rows: int, seed: int, epoch: int) -> None:
-        """Draw the order of row groups and cut it into windows.
-
-        Args:
-            row_group_sizes: (number of row groups,) int64 numbers of rows, all positive.
-            shuffle_buffer_rows: Maximum number of rows in a window with more than one row group.
-            seed: Seed of the order.
-            epoch: Index of the epoch.
-        """
-        self._row_group_sizes, self._seed, self.epoch = row_group_sizes, seed, epoch
-        self.windows = list(self._cut(shuffle_buffer_rows))
+    row_group_sizes: np.ndarray
+    _: KW_ONLY
+    shuffle_buffer_rows: int
+    seed: int
+    epoch: int
 
     def permutation(self, group: int) -> np.ndarray:
         """Return the order of the rows of a row `group`, shape (rows of the group,), int64."""
-        return self._generator(1 + group).permutation(int(self._row_group_sizes[group]))
+        return self._generator(1 + group).permutation(int(self.row_group_sizes[group]))
 
-    def batches(self, batch_size: int, position: int = 0) -> Iterator[list[WindowSlice]]:
-        """Yield global batches as slices of windows.
-
-        The rows of a batch are arranged by `WindowSlice.keys`. So the same slots of all batches need the same few
-        groups.
+    def batches(self, batch_size: int, position: int = 0) -> Iterator[list[_WindowSlice]]:
+        """Yield global batches. A batch has rows of one or several windows.
 
         Args:
             batch_size: Number of rows. The last batch can have fewer rows.
-            position: First row in the order.
+            position: Position of the first row in the order.
         """
-        parts: list[WindowSlice] = []
+        parts: list[_WindowSlice] = []
         missing = batch_size
         for window in self.windows:
             size = window.stop - window.start
@@ -137,7 +119,7 @@ class EpochOrder:
             while start < size:
                 stop = min(start + missing, size)
                 counts = np.bincount(group_per_row[start:stop], minlength=len(window.groups))
-                parts.append(WindowSlice(window, starts, counts))
+                parts.append(_WindowSlice(window, starts, counts))
                 starts, missing, start = starts + counts, missing - (stop - start), stop
                 if not missing:
                     yield parts
@@ -145,51 +127,44 @@ class EpochOrder:
         if parts:
             yield parts
 
-    def _cut(self, shuffle_buffer_rows: int) -> Iterator[ShuffleWindow]:
+    @cached_property
+    def windows(self) -> list[ShuffleWindow]:
+        """Windows in order. They have all row groups in a random order."""
         generator = self._generator(0)
-        order = generator.permutation(len(self._row_group_sizes))
-        ends = np.cumsum(self._row_group_sizes[order])
+        order = generator.permutation(len(self.row_group_sizes))
+        ends = np.cumsum(self.row_group_sizes[order])
         shifts = generator.random(len(order))
-        first = 0
+        windows, first = list[ShuffleWindow](), 0
         while first < len(order):
             start = int(ends[first - 1]) if first else 0
             # Take as many groups as fit, but at least one.
-            last = max(first + 1, int(np.searchsorted(ends, start + shuffle_buffer_rows, side="right")))
+            last = max(first + 1, int(np.searchsorted(ends, start + self.shuffle_buffer_rows, side="right")))
             groups = order[first:last]
-            yield ShuffleWindow(start, groups, self._row_group_sizes[groups], float(shifts[first]))
+            windows.append(ShuffleWindow(start, groups, self.row_group_sizes[groups], float(shifts[first])))
             first = last
+        return windows
 
     def _generator(self, draw: int) -> np.random.Generator:
-        return np.random.default_rng([self._seed, self.epoch, draw])
+        return np.random.default_rng([self.seed, self.epoch, draw])
 
 
 @dataclass(frozen=True, eq=False)
-class RankSlice:
+class _RankSlice:
     """The n rows of one rank in a global batch.
 
     Attributes:
-        pieces: Row group, first row and end (exclusive) of each piece, in the permuted order of the group.
-        index: (n,) int64 index of each row in the concatenated pieces, None if the pieces are in order.
+        ranges: Row group, first row and end (exclusive) of each range of rows, in the permuted order of the group.
+        index: (n,) int64 index of each row in the concatenated ranges, None if the ranges are in order.
         is_copy: (n,) bool, whether a row is a copy of the row before it, which can belong to another rank.
     """
 
-    pieces: list[tuple[int, int, int]]
+    ranges: list[tuple[int, int, int]]
     index: np.ndarray | None
     is_copy: np.ndarray
 
 
-def slice_for_rank(parts: list[WindowSlice], *, rank: int, world_size: int, rows_per_rank: int) -> RankSlice:
-    """Compute a rank's slice of a global batch without reading any rows.
-
-    Each rank has `rows_per_rank` slots. If a batch has fewer rows than slots, some evenly spread rows take several
-    slots.
-
-    Args:
-        parts: Slices of windows that form the batch.
-        rank: Index of the rank.
-        world_size: Number of ranks.
-        rows_per_rank: Number of slots of each rank.
-    """
+def _slice_for_rank(parts: list[_WindowSlice], rank: int, world_size: int, rows_per_rank: int) -> _RankSlice:
+    """Return a rank's rows of a batch with the given `parts`. A batch with too few rows repeats evenly spread rows."""
     counts = np.concatenate([part.counts for part in parts])
     size, all_slots = int(counts.sum()), rows_per_rank * world_size
     assert size <= all_slots
@@ -200,16 +175,16 @@ def slice_for_rank(parts: list[WindowSlice], *, rank: int, world_size: int, rows
     first, stop = int(within[0]), int(within[-1]) + 1
     arranged = np.argsort(np.concatenate([part.keys() for part in parts]), kind="stable")
     chosen = arranged[first:stop]
-    # A segment has the rows of one group in order, so the chosen rows of a segment are contiguous.
+    # A segment has the batch's rows of one group in one window. The chosen rows of a segment are contiguous.
     segments = np.repeat(np.arange(len(counts)), counts)
     low = np.bincount(segments[arranged[:first]], minlength=len(counts))
     high = low + np.bincount(segments[chosen], minlength=len(counts))
     index = np.argsort(np.argsort(chosen))[within - first]
     groups = np.concatenate([part.window.groups for part in parts])
     starts = np.concatenate([part.starts for part in parts])
-    pieces = [(int(groups[i]), int(starts[i] + low[i]), int(starts[i] + high[i])) for i in np.flatnonzero(high > low)]
+    ranges = [(int(groups[i]), int(starts[i] + low[i]), int(starts[i] + high[i])) for i in np.flatnonzero(high > low)]
     in_order = np.array_equal(index, np.arange(stop - first))
-    return RankSlice(pieces, None if in_order else index, is_copy)
+    return _RankSlice(ranges, None if in_order else index, is_copy)
 
 
 @dataclass(frozen=True)
@@ -218,7 +193,7 @@ class Position:
 
     Attributes:
         epoch: Index of the epoch.
-        row: Number of rows that all ranks together have consumed.
+        row: Number of rows of the epoch that all ranks together have consumed.
         seed: Seed of the order and of the random draws of steps.
     """
 
@@ -229,14 +204,13 @@ class Position:
 
 @dataclass
 class TrainingReader:
-    """A reader of one rank's slices of all global batches.
+    """A reader of one rank's rows of all global batches.
 
     Every rank gets `batches_per_epoch` batches of `rows_per_rank` = ceil(batch_size / world_size) rows. If a global
-    batch has fewer rows, some rows are followed by copies of themselves with NaN labels. So no row is lost or counted
-    twice, and the rows are spread evenly over the ranks.
+    batch has too few rows, some rows are followed by copies of themselves with NaN labels. The copies have no loss, so
+    every row counts once.
 
-    Threads decode row groups one window ahead. Memory contains the rank's row groups of two windows (the current and
-    the next window). A window has at most `shuffle_buffer_rows` rows, or one larger row group.
+    Threads decode row groups one window ahead. Memory contains the rank's row groups of two windows.
 
     Attributes:
         rows: Dataset to read.
@@ -262,7 +236,7 @@ class TrainingReader:
         self.batches_per_epoch = -(-self.rows.rows // self.batch_size)
 
     def position(self, epoch: int, row: int = 0) -> Position:
-        """Return the position after some rows of an epoch.
+        """Return the position after the first `row` rows of an epoch.
 
         Args:
             epoch: Index of the epoch.
@@ -273,23 +247,20 @@ class TrainingReader:
     def resume(self, position: Position, epochs: int) -> Iterator[tuple[LabeledRows, Position]]:
         """Yield this rank's rows of each global batch, and the position after the batch.
 
-        From a position that all ranks reached, any world size and batch size reads exactly the remaining rows.
-
         Args:
-            position: Position to start from.
-            epochs: Number of epochs in all. The last epoch is `epochs` - 1.
+            position: Position to start from. World size and batch size may have changed since.
+            epochs: Number of epochs of the whole run.
 
         Raises:
             UserError: A file can't be read.
         """
         decoded: dict[tuple[int, int], Future[LabeledRows]] = {}
-        current: list[tuple[EpochOrder, RankSlice, Position]] = []
+        current: list[tuple[EpochOrder, _RankSlice, Position]] = []
         pool = ThreadPoolExecutor(_THREADS, "reader")
         try:
             for ahead in chain(self._windows(position, epochs), [[]]):
-                needed = {
-                    (order.epoch, group): order for order, part, _ in current + ahead for group, *_ in part.pieces
-                }
+                batches = current + ahead
+                needed = {(order.epoch, group): order for order, part, _ in batches for group, *_ in part.ranges}
                 # This also releases the groups that no batch needs any more.
                 decoded = {
                     (epoch, group): decoded.get((epoch, group))
@@ -297,8 +268,8 @@ class TrainingReader:
                     for (epoch, group), order in needed.items()
                 }
                 for order, part, after in current:
-                    pieces = [decoded[order.epoch, group].result().slice(*ends) for group, *ends in part.pieces]
-                    rows = LabeledRows.concatenate(pieces)
+                    parts = [decoded[order.epoch, group].result().slice(*ends) for group, *ends in part.ranges]
+                    rows = LabeledRows.concatenate(parts)
                     rows = rows if part.index is None else rows.take(part.index)
                     rows.labels[part.is_copy] = np.nan
                     yield rows, after
@@ -306,63 +277,54 @@ class TrainingReader:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _windows(self, start: Position, epochs: int) -> Iterator[list[tuple[EpochOrder, RankSlice, Position]]]:
-        """Yield one list per window with this rank's slices of its batches and the positions after the batches.
-
-        A batch belongs to the window of its first row.
-        """
+    def _windows(self, start: Position, epochs: int) -> Iterator[list[tuple[EpochOrder, _RankSlice, Position]]]:
+        """Yield, for each window, this rank's rows of the batches that begin there, and the positions after them."""
         for epoch in range(start.epoch, epochs):
             order = self.order(epoch)
             row = start.row if epoch == start.epoch else 0
             for _, batches in groupby(order.batches(self.batch_size, row), key=lambda parts: parts[0].window.start):
                 window = []
                 for parts in batches:
-                    row += sum(int(piece.counts.sum()) for piece in parts)
-                    part = slice_for_rank(
-                        parts, rank=self.rank, world_size=self.world_size, rows_per_rank=self.rows_per_rank
-                    )
-                    window.append((order, part, self.position(epoch, row)))
+                    row += sum(int(part.counts.sum()) for part in parts)
+                    own = _slice_for_rank(parts, self.rank, self.world_size, self.rows_per_rank)
+                    window.append((order, own, self.position(epoch, row)))
                 yield window
 
     def order(self, epoch: int) -> EpochOrder:
         """Return the order of rows in an `epoch`."""
-        return EpochOrder(
-            self.rows.row_group_sizes, shuffle_buffer_rows=self.shuffle_buffer_rows, seed=self.seed, epoch=epoch
-        )
+        sizes, buffer = self.rows.row_group_sizes, self.shuffle_buffer_rows
+        return EpochOrder(sizes, shuffle_buffer_rows=buffer, seed=self.seed, epoch=epoch)
 
 
+@dataclass
 class Prefetch(Generic[T]):
     """A one-time iterator over a generator that computes items ahead in a background thread.
 
-    An exception of the source is raised in the consumer, after the items before it. If the consumer stops early, the
-    thread ends after its current item, and the source is closed. The thread starts with the first item.
+    The thread starts with the first item. An exception of the source is raised in the consumer, after the items before
+    it. If the consumer stops early, the thread ends after its current item, and the source is closed.
 
     Attributes:
-        wait_seconds: Seconds that the consumer waited.
+        source: Generator to read.
+        depth: Maximum number of items that are computed ahead.
+        wait_seconds: Seconds that the consumer has waited for items.
     """
 
-    def __init__(self, source: Generator[T, None, None], depth: int = 4) -> None:
-        """Wrap a generator.
-
-        Args:
-            source: Generator to read.
-            depth: Maximum number of items that are computed ahead.
-        """
-        self.wait_seconds = 0.0
-        self._source, self._depth = source, depth
+    source: Generator[T, None, None]
+    depth: int = 4
+    wait_seconds: float = field(default=0.0, init=False)
 
     def __iter__(self) -> Generator[T, None, None]:
         pool = ThreadPoolExecutor(1, "prefetch")
         try:
-            ahead = deque(pool.submit(next, self._source, _END) for _ in range(self._depth))
+            ahead = deque(pool.submit(next, self.source, _END) for _ in range(self.depth))
             while True:
                 start = time.perf_counter()
                 item = ahead.popleft().result()
                 self.wait_seconds += time.perf_counter() - start
                 if item is _END:
                     return
-                ahead.append(pool.submit(next, self._source, _END))
+                ahead.append(pool.submit(next, self.source, _END))
                 yield cast("T", item)
         finally:
             pool.shutdown(cancel_futures=True)
-            self._source.close()
+            self.source.close()
