@@ -1,10 +1,10 @@
 """Attention of candidates to the events of a user's history.
 
 The activation unit of the Deep Interest Network (Zhou et al., KDD 2018) reads an event, the candidate and their
-product. It uses no softmax, so that two events count more than one. In the paper, the unit weights the event's vector
-in a sum. Here, the hidden layers of all events are summed, and the sum is mapped to the history's width. An event can
-thus add a different vector for each candidate, not only a different weight. The result is added to the mean of the
-events' vectors. Before training, the result is 0, so training starts from the mean.
+product. There is no softmax, so two events count more than one. In the paper, the unit returns a weight for the event's
+vector. Here, the hidden layers of all events are summed, and the sum is mapped to the history's width. An event can
+thus add a different vector for each candidate. The result is added to the mean of the events' vectors. Before training,
+the result is 0.
 
 Shapes: E events, N candidates, P pairs of event and candidate, W width of an event's inputs, C width of the inputs that
 candidates have too, U hidden units.
@@ -24,18 +24,10 @@ HIDDEN_UNITS = 32
 _PAIRS = 65_536  # Pairs per step without gradients, to limit memory.
 
 
-class TargetAttention(nn.Module):
-    """Attention to the events of one history. The output is as wide as the embedding of the history."""
+class _TargetAttention(nn.Module):
+    """Attention to the events of one history. Candidates have the `shared` inputs of events, but not the `own` ones."""
 
     def __init__(self, shared: Sequence[int], own: Sequence[int], outputs: int, length: int) -> None:
-        """Create the layers.
-
-        Args:
-            shared: Widths of the inputs that both events and candidates have.
-            own: Widths of the inputs that only events have.
-            outputs: Width of the output.
-            length: Maximum number of events.
-        """
         super().__init__()
         self.parts, self._shared, self._scale = len(shared), sum(shared), length**-0.5
         self.event = Linear(self._shared + sum(own), HIDDEN_UNITS)
@@ -46,38 +38,12 @@ class TargetAttention(nn.Module):
         self.output = Linear(HIDDEN_UNITS, outputs, bias=False)
         nn.init.zeros_(self.output.weight)
 
-    def encode_events(self, vectors: Tensor, later: Tensor) -> Tensor:
-        """Compute the part of the hidden layer that doesn't depend on candidates.
-
-        Args:
-            vectors: (E, W) float32.
-            later: (E,) int64, the number of later events in the same history.
-
-        Returns:
-            (E, U).
-        """
-        hidden: Tensor = self.event(vectors)
-        return hidden + self.later.index_select(0, later).to(hidden.dtype)
-
     def forward(
-        self,
-        encoded: Tensor,
-        vectors: Tensor,
-        candidates: Tensor,
-        rows: Tensor,
-        same: Tensor,
-        events: Tensor | None = None,
+        self, vectors: Tensor, later: Tensor, candidates: Tensor, rows: Tensor, same: Tensor, events: Tensor | None
     ) -> Tensor:
-        """Return the pooled events of each candidate, (N, outputs) float32.
-
-        Args:
-            encoded: (E, U), see `encode_events`.
-            vectors: (E, W).
-            candidates: (N, C).
-            rows: (P,) int64, the candidate of each pair.
-            same: (P, number of `shared`) float32, see `AttentionEvents`.
-            events: (P,) int64, the event of each pair. None if pair i belongs to event i, so that P = E.
-        """
+        """Return the pooled events of `candidates` (N, C), (N, outputs). See `HistoryAttention.attend` for the rest."""
+        encoded: Tensor = self.event(vectors)
+        encoded = encoded + self.later.index_select(0, later).to(encoded.dtype)  # (E, U)
         queries = self.candidate(candidates)
         total = encoded.new_zeros(len(candidates), HIDDEN_UNITS)
         step = max(1, len(rows)) if torch.is_grad_enabled() else _PAIRS
@@ -94,10 +60,7 @@ class TargetAttention(nn.Module):
 
 
 class HistoryAttention(nn.ModuleDict):
-    """A `TargetAttention` for each history by name. Its output is added to the input columns with the history's mean.
-
-    Here, W is the width of a candidate's inputs, as in `RankingModel.concat_inputs`.
-    """
+    """Attention to each history by name. The result is added to the input columns that have the history's mean."""
 
     def __init__(self, layout: ModelLayout) -> None:
         super().__init__()
@@ -111,19 +74,16 @@ class HistoryAttention(nn.ModuleDict):
             parts = layout.history_inputs(history)
             partners = [partner for _, partner in parts if partner is not None]
             widths = [dims[name] for name in partners], [dims[name] for name, partner in parts if partner is None]
-            self[history.history] = TargetAttention(*widths, dims[history.history], history.length)
+            self[history.history] = _TargetAttention(*widths, dims[history.history], history.length)
             self._columns[history.history] = columns[history.history], [columns[name] for name in partners]
 
     def forward(self, inputs: Tensor, events: AttentionEvents, vectors: Sequence[Tensor]) -> Tensor:
-        """Add the attention to the events of all histories to the inputs.
+        """Add the attention to all histories to the inputs of N rows.
 
         Args:
-            inputs: (N, W).
-            events: Events of the N rows.
-            vectors: Embeddings of the events of each history, (E, width).
-
-        Returns:
-            (N, W).
+            inputs: Inputs of the rows, as in `RankingModel.concat_inputs`.
+            events: Events of the rows.
+            vectors: For each history, the embeddings (E, W) of its events.
         """
         first = 0
         for name, size, event_vectors in zip(self, events.sizes, vectors, strict=True):
@@ -142,24 +102,19 @@ class HistoryAttention(nn.ModuleDict):
         same: Tensor,
         events: Tensor | None = None,
     ) -> Tensor:
-        """Add the attention to the events of one history to the inputs of N candidates.
+        """Add the attention to one history to the inputs of N candidates.
 
         Args:
             name: Name of the history.
-            inputs: (N, W).
-            vectors: As in `TargetAttention.forward`.
-            later: As in `TargetAttention.encode_events`.
-            rows: As in `TargetAttention.forward`.
-            same: As in `TargetAttention.forward`.
-            events: As in `TargetAttention.forward`.
-
-        Returns:
-            (N, W).
+            inputs: Inputs of the candidates, as in `RankingModel.concat_inputs`.
+            vectors: (E, W) float32 embeddings of the events.
+            later: (E,) int64, the number of later events in the same history.
+            rows: (P,) int64, the candidate of each pair.
+            same: (P, K) float32, see `AttentionEvents`.
+            events: (P,) int64, the event of each pair. None if pair i has event i.
         """
-        pool, (mean_columns, partners) = self[name], self._columns[name]
-        assert isinstance(pool, TargetAttention)
+        pool, (mean, partners) = self[name], self._columns[name]
+        assert isinstance(pool, _TargetAttention)
         candidates = torch.cat([inputs[:, columns] for columns in partners], dim=1)
-        pooled = pool(pool.encode_events(vectors, later), vectors, candidates, rows, same[:, : pool.parts], events)
-        return torch.cat(
-            [inputs[:, : mean_columns.start], inputs[:, mean_columns] + pooled, inputs[:, mean_columns.stop :]], dim=1
-        )
+        pooled = pool(vectors, later, candidates, rows, same[:, : pool.parts], events)
+        return torch.cat([inputs[:, : mean.start], inputs[:, mean] + pooled, inputs[:, mean.stop :]], dim=1)

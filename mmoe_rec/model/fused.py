@@ -1,9 +1,7 @@
 """Dense part for inference, with fixed weights and all experts on all rows, in a few large operators.
 
-`mmoe_rec.model.mmoe` computes the same for training, and for requests that restrict experts. It has a module for each
-layer and a product for each expert. For five rows, most of its time goes to calling a hundred operators. The function
-that this module builds takes a third of that time for five rows, and 90% for five hundred rows. It supports most
-models, see `build_fused_forward`.
+The modules of `mmoe_rec.model.mmoe` compute the same with a hundred operators, which take most of the time of a small
+request. The fused function takes a third of the modules' time for five rows, and 90% for five hundred rows.
 """
 
 from collections.abc import Callable
@@ -20,10 +18,7 @@ from mmoe_rec.model.mmoe import Mixture, RankingModel
 from mmoe_rec.model.routing import Soft
 
 Weights = tuple[Tensor, Tensor | None]
-"""Weight and bias of a linear layer, (outputs, inputs) and (outputs,).
-
-For G layers together, the shapes are (G, inputs, outputs) and (G, 1, outputs).
-"""
+"""Weight (outputs, inputs) and bias (outputs,) of a layer, or (G, inputs, outputs) and (G, 1, outputs) of G layers."""
 # Number of random rows that `check_fused_forward` compares, and accepted difference as a fraction of the largest logit.
 _ROWS, _TOLERANCE = 16, 1e-4
 
@@ -31,32 +26,20 @@ _ROWS, _TOLERANCE = 16, 1e-4
 def build_fused_forward(mixture: Mixture, matmul_backend: MatmulBackend) -> Callable[[Tensor], Tensor] | None:
     """Return a function from inputs (B, W) to logits (B, T) float32, with the model's current weights.
 
-    The function supports models with one level of experts, if each gate mixes all experts that it may use.
+    The result is None for models that the function doesn't support: with several levels of experts, with gates that
+    choose experts, with a gate without experts in use, with experts that read raw inputs, or with an added expert that
+    isn't in full use yet (`Gates.ramp`).
 
     Args:
         mixture: Dense part of a model.
         matmul_backend: Library of the matrix products.
-
-    Returns:
-        The function. None if the model has one of these properties:
-
-        - There are several levels.
-        - Gates choose experts, or a gate has no expert in use.
-        - Experts read raw inputs.
-        - An added expert isn't in full use yet (`Gates.ramp`).
     """
     level, *further_levels = mixture.expert_levels()
     gates, (experts, *groups) = level.gates, level.expert_groups()
     selects = not isinstance(gates.rule, Soft) or gates.settings.serving_top_k is not None
     usable = gates.visible & gates.in_use
-    if (
-        further_levels
-        or groups
-        or selects
-        or mixture.raw_inputs
-        or bool(gates.ramp.any())
-        or not bool(usable.any(1).all())
-    ):
+    incomplete = bool(gates.ramp.any()) or not bool(usable.any(1).all())
+    if further_levels or groups or selects or mixture.raw_inputs or incomplete:
         return None
     bottom, crosses = mixture.bottom, mixture.bottom.crosses
     pairs = [] if crosses is None else zip(crosses.down, crosses.up, strict=True)
@@ -103,8 +86,8 @@ def build_fused_forward(mixture: Mixture, matmul_backend: MatmulBackend) -> Call
 def check_fused_forward(model: RankingModel) -> None:
     """Raise UserError if the fused function returns other logits than the model's own forward pass.
 
-    A new type of expert, gate or tower may do something that `build_fused_forward` doesn't support. If results differ
-    in float32, the comparison is repeated in float64, because a processor may round float32 products to bf16.
+    This finds a new type of expert, gate or tower that `build_fused_forward` doesn't support. If logits differ in
+    float32, they are compared again in float64, because a processor may round float32 products to bf16.
     """
     inputs = torch.randn(_ROWS, model.width, generator=torch.Generator().manual_seed(0))
     difference = _find_difference(model.mixture, inputs)
@@ -123,7 +106,7 @@ def _find_difference(mixture: Mixture, inputs: Tensor) -> float:
     """Return the largest difference between fused and plain logits, as a fraction of the largest plain logit."""
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         plain, fused = mixture(inputs, None).logits, build_fused_forward(mixture, "blas")
-        finite = plain.isfinite().all(1)  # Rows with other logits needn't agree, since scoring rejects them.
+        finite = plain.isfinite().all(1)  # Rows without finite logits needn't agree, since scoring rejects them.
         if fused is None or not finite.any():
             return 0.0
         difference = (fused(inputs) - plain)[finite].abs().max() / plain[finite].abs().max().clamp(min=1e-6)

@@ -38,7 +38,6 @@ GROUPED_MAX_FRACTION_GPU = 0.5
 # The gate logits of an added expert start this far below their own value. During training, they rise to it (ramp).
 RAMP_LOGIT_OFFSET = 10.0
 
-
 ComputeMode = Literal["auto", "dense", "grouped"]
 
 
@@ -52,8 +51,7 @@ class Level(nn.Module):
             inputs: Width of the gates' inputs.
             expert_inputs: Width of the experts' inputs.
             tasks: Number of tasks.
-            index: Index of the level. In level 0, all gates and experts read the same inputs. The last level has no
-                shared gate.
+            index: Index of the level. In level 0, all gates and experts read the same input.
             model: Section `model` of the settings.
         """
         super().__init__()
@@ -70,8 +68,7 @@ class Level(nn.Module):
         else:
             visible = torch.ones(1, shared, dtype=torch.bool)
         self.gates = Gates(inputs, visible, model.gates)
-        # Number of routers that may choose a group's experts. Only the task's gate and the shared gate see the experts
-        # of a task.
+        # Number of routers that may choose a group's experts. Only a task's gate and the shared gate see its experts.
         routers = len(visible) if self.gates.route is None else 1
         self.readers = [routers if self.first or task == tasks else 2 - last for task, size in groups if size]
 
@@ -105,9 +102,8 @@ class Level(nn.Module):
             part = slice(start, start + experts.count)
             part_used = None if used is None else used[:, part]
             max_per_row = None if routing.max_selected is None else routing.max_selected * readers
-            mixed.append(
-                experts.mix(expert_inputs[source], routing.weights[:, :, part], part_used, force_grouped, max_per_row)
-            )
+            weights = routing.weights[:, :, part]
+            mixed.append(experts.mix(expert_inputs[source], weights, part_used, force_grouped, max_per_row))
             start = part.stop
         total = sum(mixed[1:], start=mixed[0])  # (B, G, U)
         if not self.per_task:
@@ -141,13 +137,12 @@ def visible_experts(tasks: int, shared: int, own: int, shared_gate: bool) -> Ten
 class Gates(nn.Module):
     """G gates over E experts, computed in one matrix product. `settings.routing` names the rule that chooses experts.
 
-    Logits are always computed in fp32, even if experts use bf16 (Fedus et al., section 2.4). GPUs don't use TF32 here.
-    Serving computes in fp32 too, so it chooses the same experts. If training computed logits in bf16, one row in a
-    hundred would train other experts than the experts that serve it.
+    Logits are always computed in fp32 without TF32, even if experts use bf16 (Fedus et al., section 2.4). Serving uses
+    fp32 too. With bf16 logits in training, one row in a hundred would train other experts than serving chooses.
 
     Attributes:
         linear: Layer from inputs to the logits of all gates, with weights (G, E, H).
-        route: Layer to the logits of the one router, with weights (1, E, H). None if each gate is a router.
+        route: Layer from inputs to the logits of the one router, with weights (1, E, H). None if each gate is a router.
         visible: (G, E) bool, the experts that a gate may ever use.
         masked: (E,) bool, the experts that `mmoe_rec.model.warm_start.mask_expert` took out of use.
         ramp: (E,) float32, from 1 for an added expert that isn't used yet to 0 for full use.
@@ -189,23 +184,21 @@ class Gates(nn.Module):
         device = self.visible.device
         with torch.autocast(device.type, enabled=False), fp32_matmul_precision("ieee", device):
             gates = logits = self._logits(inputs)  # (B, G, E)
+            offset = RAMP_LOGIT_OFFSET * self.ramp
             if self.route is None:
-                routers = logits - RAMP_LOGIT_OFFSET * self.ramp
+                routers = logits - offset
             else:
                 assert isinstance(inputs, Tensor), "one router has one input"
                 allowed = allowed[:1]
-                routers = logits = (
-                    self.route.shared(inputs.float()).unsqueeze(1) - RAMP_LOGIT_OFFSET * self.ramp
-                )  # (B, 1, E)
+                routers = logits = self.route.shared(inputs.float()).unsqueeze(1) - offset  # (B, 1, E)
             probabilities = self._probabilities(routers, allowed)  # (B, R, E)
-            k = self.experts_per_row(top_k)
+            k = self._experts_per_row(top_k)
             gated = GateOutput(gates, routers, probabilities, allowed, self.selection_bias, k)
             fewer = not self.training and k is not None
             selected = select_top_k(gated) if fewer else self.rule.select(gated)  # (B, R, E), None for all experts.
             weights = self.rule.weigh(gated, selected, self._renormalizes(k))  # (B, G, E)
-            return Routing(
-                weights, probabilities, selected, logits, k if fewer or self.rule.selects_at_most_k else None
-            )
+            max_selected = k if fewer or self.rule.selects_at_most_k else None
+            return Routing(weights, probabilities, selected, logits, max_selected)
 
     def _logits(self, inputs: Tensor | list[Tensor]) -> Tensor:
         """Return logits (B, G, E) float32, minus infinity for experts that a gate doesn't see."""
@@ -221,28 +214,17 @@ class Gates(nn.Module):
         return ~(self.masked | (self.ramp >= 1))
 
     def _probabilities(self, logits: Tensor, allowed: Tensor) -> Tensor:
-        """Return the softmax (B, R, E) over the allowed experts, with noise and dropout in training.
-
-        Dropout hides random experts from a gate (Zhao et al., RecSys 2019).
-        """
+        """Return the softmax (B, R, E) over allowed experts. Training adds noise and hides random experts (dropout)."""
         if self.training and self.settings.noise > 0:
-            noise = torch.erfinv(2 * draw_uniform(logits.shape, logits.device) - 1) * math.sqrt(
-                2
-            )  # Normally distributed.
-            logits = logits + self.settings.noise * noise
+            uniform = draw_uniform(logits.shape, logits.device)
+            normal = torch.erfinv(2 * uniform - 1) * math.sqrt(2)
+            logits = logits + self.settings.noise * normal
         if self.training and self.settings.dropout > 0:
             allowed = restrict_unless_empty(draw_uniform(logits.shape, logits.device) >= self.settings.dropout, allowed)
         return masked_softmax(logits, allowed)
 
-    def experts_per_row(self, requested: int | None = None) -> int | None:
-        """Return the number of experts per row and router, None if the rule takes no k.
-
-        Args:
-            requested: Number that overrides the settings outside training.
-
-        Raises:
-            ValueError: Outside training, the rule depends on the batch and no k is given.
-        """
+    def _experts_per_row(self, requested: int | None) -> int | None:
+        """Return the number of experts per row and router, which is None if the rule takes no k."""
         if not self.training:
             k = self.settings.serving_top_k if requested is None else requested
             if k is not None:
@@ -263,8 +245,7 @@ class Gates(nn.Module):
     def update_selection_bias(self, loads: Tensor, rate: float) -> None:
         """Raise the selection bias of experts with a low load, and lower the bias of experts with a high load.
 
-        Masked and ramping experts keep their bias. Their load is low on purpose, and a rising bias would counteract
-        that.
+        Masked and ramping experts keep their bias, because their load is low on purpose.
 
         Args:
             loads: (E,) loads of a step, over all ranks.
@@ -300,10 +281,10 @@ class Experts(nn.Module):
     Attributes:
         count: Number of experts E.
         activate: Activation.
-        normalize: Whether an expert's output for a row is scaled to mean 0 and variance 1. Without it, experts' outputs
-            may differ in scale (HoME, Kuaishou, 2024).
-        compute: Way to run experts. `dense` runs all experts on all rows, in few large products. `grouped` runs each
-            expert only on its own rows. `auto` takes the one that is faster for the fraction of experts in use.
+        normalize: Whether an expert's output for a row is scaled to mean 0 and variance 1, so that all experts have
+            outputs of equal scale (HoME, Kuaishou, 2024).
+        compute: `dense` runs all experts on all rows, in few large products. `grouped` runs each expert only on the
+            rows that use it. `auto` takes the mode that is faster for the fraction of experts in use.
         weights_per_expert: Number of weights of an expert, without biases.
     """
 
@@ -334,14 +315,11 @@ class Experts(nn.Module):
         return self._normalized(outputs)
 
     def run(self, hidden: Tensor, dispatch: Dispatch) -> Tensor:
-        """Run experts on the rows sent to them.
+        """Run experts on the rows that `dispatch` assigns to them, and return the outputs of its slots, (S, U).
 
         Args:
             hidden: (B, H).
             dispatch: Rows of each expert, in S slots.
-
-        Returns:
-            Outputs of the slots, (S, U).
         """
         x = functional.embedding(dispatch.rows, hidden)
         for layer in self.layers:
@@ -364,7 +342,7 @@ class Experts(nn.Module):
             weights: (B, G, E) float32.
             used: (B, E) bool, the experts that some gate uses for a row, None for all experts.
             force_grouped: Whether to run an expert only on its own rows, regardless of `compute`.
-            max_per_row: Maximum number of experts that a row may use, None if the routing rule sets no maximum.
+            max_per_row: Maximum number of experts per row, None if the routing rule sets no maximum.
         """
         if used is None or not (force_grouped or self.uses_grouped(cast_for_matmul(hidden), used, max_per_row)):
             experts = self(hidden)
@@ -382,7 +360,7 @@ class Experts(nn.Module):
 
         Args:
             hidden: (B, H).
-            used: (B, E) bool, the experts that some gate uses for a row.
+            used: As in `mix`, but not None.
             max_per_row: As in `mix`.
         """
         if self.compute == "dense" or (used.is_cuda and not (max_per_row is not None and supports_grouped_mm(hidden))):

@@ -1,10 +1,4 @@
-"""Matrix products of layers.
-
-The file has three parts:
-
-- `Linear` can use oneDNN for fp32.
-- `StackedLinear` stores G layers of equal shape as one weight.
-- `Dispatch` multiplies each expert's weights with the expert's own rows only.
+"""Linear layers on the BLAS library or oneDNN, stacks of layers, and products of experts with their own rows only.
 
 On a CPU, torch uses its BLAS library for fp32 products, and oneDNN only for half precision. Torch's packages for x86
 contain Intel's MKL as BLAS library. MKL takes twice as long as oneDNN on some processors of other vendors. This module
@@ -27,7 +21,7 @@ MatmulBackend = Literal["blas", "onednn"]
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` for inputs (B, inputs), with the library `matmul_backend`."""
+    """`nn.Linear` for inputs (B, inputs), computed with the library `matmul_backend`."""
 
     matmul_backend: MatmulBackend = "blas"
 
@@ -38,7 +32,7 @@ class Linear(nn.Linear):
             input: (B, inputs).
             data: (B, D), further inputs that get no gradient. They follow the columns of `input`.
         """
-        return linear(input, self.weight, self.bias, self.matmul_backend, data)
+        return _linear(input, self.weight, self.bias, self.matmul_backend, data)
 
 
 def set_matmul_backend(model: nn.Module, matmul_backend: MatmulBackend) -> None:
@@ -55,10 +49,7 @@ def set_matmul_backend(model: nn.Module, matmul_backend: MatmulBackend) -> None:
 
 @lru_cache
 def has_onednn() -> bool:
-    """Return whether this build of torch supports oneDNN in fp32.
-
-    The result is False if oneDNN rounds to bf16 or TF32, which some settings allow on some processors.
-    """
+    """Return whether torch supports oneDNN in fp32 here. Some settings let oneDNN round to bf16 or TF32 instead."""
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(64, 256, generator=generator), torch.randn(256, 64, generator=generator)
     try:
@@ -70,10 +61,7 @@ def has_onednn() -> bool:
 
 
 def choose_matmul_backend(choice: Literal["auto"] | MatmulBackend, device: str) -> MatmulBackend:
-    """Return the library for a setting.
-
-    `auto` takes oneDNN on a CPU if torch has it. Its fp32 products take half the time of BLAS on some processors, and
-    equal time on others (`tests/benchmarks/LOG.md`).
+    """Return the library for a setting. `auto` takes oneDNN on a CPU if torch has it, because it is never slower.
 
     Args:
         choice: Setting `training.matmul_backend`.
@@ -99,15 +87,12 @@ def choose_serving_backend(choice: str) -> MatmulBackend:
 
 
 def onednn_linear(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return left @ right + bias.
+    """Return left @ right + bias, (m, n).
 
     Args:
         left: (m, k) float32, contiguous or not.
         right: (k, n) float32, contiguous or not.
         bias: (n,).
-
-    Returns:
-        (m, n).
     """
     # Copy matrices whose rows or columns have gaps in memory. For some, oneDNN would take a thousand times as long.
     left, right = (
@@ -123,23 +108,14 @@ def cast_for_matmul(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
 
-def linear(
+def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, matmul_backend: MatmulBackend, data: Tensor | None = None
 ) -> Tensor:
-    """Apply a linear layer of I inputs and O outputs with the given library, (B, I) -> (B, O).
-
-    Args:
-        x: (B, I), or the first inputs (B, I - D) if `data` has the last D.
-        weight: (O, I).
-        bias: (O,).
-        matmul_backend: Library.
-        data: (B, D), the last D inputs, if they need no gradient.
-    """
-    if data is None and (matmul_backend == "blas" or not _can_use_onednn(cast_for_matmul(x))):
-        return functional.linear(cast_for_matmul(x), weight, bias)
-    return _Linear.apply(
-        cast_for_matmul(x), None if data is None else cast_for_matmul(data), weight, bias, matmul_backend
-    )
+    """Apply a linear layer to the inputs `x`, followed by the inputs `data`, which get no gradient."""
+    x, data = cast_for_matmul(x), None if data is None else cast_for_matmul(data)
+    if data is None and (matmul_backend == "blas" or not _can_use_onednn(x)):
+        return functional.linear(x, weight, bias)
+    return _Linear.apply(x, data, weight, bias, matmul_backend)
 
 
 def _can_use_onednn(x: Tensor) -> bool:
@@ -147,10 +123,7 @@ def _can_use_onednn(x: Tensor) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """Linear layer of the inputs `x` and `data`, without a gradient for `data`.
-
-    Weights are cast to the type of `x`. Their gradients are cast back to the type of the weights.
-    """
+    """Linear layer of the inputs `x` and `data`, without a gradient for `data`. Weights are cast to the type of `x`."""
 
     @staticmethod
     def forward(
@@ -160,11 +133,9 @@ class _Linear(torch.autograd.Function):
         cast_bias = None if bias is None else bias.to(x.dtype)
         ctx.save_for_backward(inputs, cast_weight)
         ctx.x_width, ctx.dtype, ctx.onednn = x.shape[1], weight.dtype, matmul_backend == "onednn" and _can_use_onednn(x)
-        return (
-            onednn_linear(inputs, cast_weight.t(), cast_bias)
-            if ctx.onednn
-            else functional.linear(inputs, cast_weight, cast_bias)
-        )
+        if ctx.onednn:
+            return onednn_linear(inputs, cast_weight.t(), cast_bias)
+        return functional.linear(inputs, cast_weight, cast_bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -174,8 +145,7 @@ class _Linear(torch.autograd.Function):
         multiply = onednn_linear if ctx.onednn else torch.mm
         weight_gradient = None
         if needs_weight and ctx.onednn and gradient.shape[1] > inputs.shape[1]:
-            # Compute the transposed product, because oneDNN takes up to twice as long if the result has more rows than
-            # columns.
+            # Transpose the product. OneDNN takes up to twice as long if the result has more rows than columns.
             weight_gradient = onednn_linear(inputs.t(), gradient).t().contiguous()
         elif needs_weight:
             weight_gradient = multiply(gradient.t(), inputs).to(ctx.dtype)
@@ -186,8 +156,8 @@ class _Linear(torch.autograd.Function):
 class StackedLinear(nn.Module):
     """G independent linear layers of equal shape, initialized like `nn.Linear`.
 
-    If all layers read the same input, they are computed in one large product (`shared`). Otherwise each layer has its
-    own product, which is faster than a strided batched product on a CPU.
+    Layers that read the same input are computed in one large product (`shared`). Otherwise each layer has its own
+    product, which is faster on a CPU than `torch.bmm`.
 
     Attributes:
         weight: (G, outputs, inputs).
@@ -219,7 +189,7 @@ class StackedLinear(nn.Module):
 
     def shared(self, x: Tensor) -> Tensor:
         """Apply all layers to one input, (B, inputs) -> (B, G * outputs), with the outputs of layer 0 first."""
-        return linear(x, self.weight.flatten(0, 1), self.bias.flatten(), self.matmul_backend)
+        return _linear(x, self.weight.flatten(0, 1), self.bias.flatten(), self.matmul_backend)
 
 
 # Sparse compute runs each expert only on the rows sent to it, with all experts in one product. The rows are copied to
@@ -240,10 +210,9 @@ GROUPED_MM_ALIGNMENT = 8
 
 
 def supports_grouped_mm(x: Tensor) -> bool:
-    """Return whether a GPU multiplies rows by their experts' weights in one product.
+    """Return whether a GPU multiplies rows by their experts' weights in one product, and the host need not wait.
 
-    The product needs bf16 and Nvidia's compute capability 9 or 10. On other GPUs, torch copies each expert's number of
-    rows to the host, which must wait for it, and loops over experts.
+    The product needs bf16 and Nvidia's compute capability 9 or 10. On other GPUs, torch loops over experts.
     """
     return x.dtype == torch.bfloat16 and _capability(x.device)[0] in (9, 10)
 
@@ -277,7 +246,7 @@ class Dispatch:
 
         Args:
             used: (B, E) bool.
-            block: Each expert gets a multiple of this number of slots.
+            block: Number of slots that divides each expert's number of slots.
             max_per_row: Maximum number of experts per row. If given, the host doesn't wait for the device.
         """
         rows, count = used.shape
@@ -307,17 +276,12 @@ class Dispatch:
         return Dispatch(sizes, rows_of_slots, slots, experts, filled)
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Apply each expert's linear layer to its slots, with weights cast to the type of `x`.
-
-        The incoming gradient must be contiguous, like the gradient of an activation.
+        """Apply each expert's linear layer to its slots, (S, O). The gradient of the result must be contiguous.
 
         Args:
             x: (S, I).
-            weight: (E, O, I).
-            bias: (E, O).
-
-        Returns:
-            (S, O).
+            weight: (E, O, I), which is cast to the type of `x`.
+            bias: (E, O), which is cast too.
         """
         outputs, inputs = weight.shape[1:]
         # The bias becomes a column of the weights, which multiplies a column of ones. Columns of zeros follow up to a

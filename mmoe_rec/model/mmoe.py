@@ -2,21 +2,15 @@
 
 The model is a multi-gate mixture-of-experts (Ma et al., KDD 2018) arranged like YouTube's ranking system (Zhao et al.,
 RecSys 2019). Each task has a gate, which weights the experts, and a tower, which computes the task's logit. Experts and
-gates read a shared hidden layer instead of the wide input. Read the forward pass from top to bottom here, then in
-`levels` and in `routing`.
+gates read a shared hidden layer instead of the wide input. After this file, read `levels` and `routing`.
 
-The settings also allow related architectures:
+The settings also allow related architectures: shared bottom (one expert), OMoE (one gate for all tasks), CGC
+(additional experts for single tasks) and PLE (several levels of experts).
 
-- Shared bottom: one expert.
-- OMoE: one gate for all tasks.
-- CGC: additional experts for single tasks.
-- PLE: several levels of experts.
+The concatenated inputs are not normalized, since a LayerNorm would let one outlier rescale all other inputs.
 
 Shapes: B rows, W width of all inputs, D dense inputs, H hidden width, G gates, E experts, U expert width, P placement
 width, T tasks.
-
-The concatenated inputs are not normalized. Dense inputs arrive standardized, and embeddings start small, so that an
-unseen ID adds almost nothing. A LayerNorm over the inputs would let one outlier rescale all other inputs.
 """
 
 from collections.abc import Sequence
@@ -47,8 +41,8 @@ class Outputs(NamedTuple):
     """Outputs of the model for B rows.
 
     Attributes:
-        logits: (B, T) float32. If a task is a regression, a `RankingModel` returns float64, because float32 may be too
-            coarse for large labels with a small standard deviation.
+        logits: (B, T) float32. A `RankingModel` with a regression returns float64, because float32 may be too coarse
+            for large labels.
         routings: Routing of each level of experts, from first to last.
     """
 
@@ -58,8 +52,6 @@ class Outputs(NamedTuple):
 
 class RankingModel(nn.Module):
     """Model that returns the logits of all tasks for a batch. A regression's logit is its prediction.
-
-    The state has the keys `tables.embedding_bags.<table>.weight` and `mixture.*`.
 
     Attributes:
         trees: Boosted trees whose logits are blended with the logits of the mixture. None until they are trained.
@@ -117,8 +109,8 @@ class RankingModel(nn.Module):
     def concat_inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the inputs (B, W) float32 and the placement inputs (B, P) of a batch.
 
-        Embeddings come first, then dense inputs, in layout order. With trees, a column for each `tree_id_names` follows
-        that contains the IDs as numbers.
+        Embeddings come first, then dense inputs, in layout order. If the model has trees, the IDs that they read follow
+        as numbers.
         """
         inputs, placement, events = self._look_up(batch)
         if events is not None:
@@ -127,10 +119,7 @@ class RankingModel(nn.Module):
         return inputs, placement
 
     def _look_up(self, batch: Batch) -> tuple[Tensor, Tensor, AttentionEvents | None]:
-        """Return the inputs, the placement inputs and the events of histories, None without histories.
-
-        In the inputs, a history is the mean of its events. `histories` replaces the mean by the result of attention.
-        """
+        """Return inputs with the mean of each history, placement inputs, and the events (None without histories)."""
         pooled = self.tables(batch.ids)
         embeddings = mean_embeddings(pooled, self.dims, batch.ragged_inputs, batch.pooling_weights)  # Name -> (B, dim).
         events = None
@@ -181,10 +170,7 @@ class RankingModel(nn.Module):
         return outputs._replace(logits=self.trees.blend(logits, tree_logits, self.names))
 
     def to_label_units(self, logits: Tensor) -> Tensor:
-        """Convert logits (B, T) of regressions from standard deviations to the label's unit.
-
-        Logits of binary tasks stay unchanged. The result is float64 if a task is a regression.
-        """
+        """Convert the regressions' logits among (B, T) logits from standard deviations to the label's unit."""
         if self.mean.dtype == torch.float32:
             return logits
         return torch.addcmul(self.mean, logits.to(self.mean.dtype), self.scale)
@@ -287,12 +273,12 @@ class Bottom(nn.Module):
         super().__init__()
         self.dense = len(edges)
         self.crosses = (
-            CrossNetwork(inputs, settings.cross_layers, settings.cross_rank) if settings.cross_layers else None
+            _CrossNetwork(inputs, settings.cross_layers, settings.cross_rank) if settings.cross_layers else None
         )
         piecewise_linear = settings.piecewise and any(len(boundaries) > 1 for boundaries in edges)
         self.piecewise_linear = PiecewiseLinear(edges) if piecewise_linear else None
         width = inputs + (len(self.piecewise_linear.column) if self.piecewise_linear else 0)
-        self.layers = mlp(width, settings.units, settings.dropout)
+        self.layers = _mlp(width, settings.units, settings.dropout)
         self.outputs = settings.units[-1] if settings.units else width
 
     def forward(self, x: Tensor) -> Tensor:
@@ -310,20 +296,10 @@ class Bottom(nn.Module):
         return hidden
 
 
-class CrossNetwork(nn.Module):
-    """Feature crosses of DCN-v2 with low-rank weights (Wang et al., WWW 2021, eq. 2), (B, W) -> (B, W).
-
-    Each layer computes x_{l+1} = x_0 * (U_l V_l x_l + b_l) + x_l, where * multiplies elements.
-    """
+class _CrossNetwork(nn.Module):
+    """Feature crosses of DCN-v2 with low-rank weights (Wang et al., WWW 2021, eq. 2), (B, W) -> (B, W)."""
 
     def __init__(self, inputs: int, layers: int, rank: int) -> None:
-        """Create the layers.
-
-        Args:
-            inputs: Number of inputs W.
-            layers: Number of cross layers.
-            rank: Rank of the weights.
-        """
         super().__init__()
         self.down = nn.ModuleList(Linear(inputs, rank, bias=False) for _ in range(layers))
         self.up = nn.ModuleList(Linear(rank, inputs) for _ in range(layers))
@@ -338,8 +314,8 @@ class CrossNetwork(nn.Module):
 class PiecewiseLinear(nn.Module):
     """Piecewise-linear encoding of numbers (Gorishniy et al., NeurIPS 2022, eq. 1).
 
-    Each output belongs to one interval between edges. It is 0 for numbers below the interval, 1 above, and linear in
-    between. The next layer can then fit any piecewise-linear function with bends at the edges.
+    Each output belongs to one interval between edges. The output is 0 for numbers below the interval, 1 above, and
+    linear in between. The next layer can then fit any piecewise-linear function with bends at the edges.
     """
 
     def __init__(self, edges: Sequence[Sequence[float]]) -> None:
@@ -357,25 +333,16 @@ class PiecewiseLinear(nn.Module):
         return parts.mul_(self.slope).clamp_(0.0, 1.0)
 
 
-def mlp(inputs: int, units: Sequence[int], dropout: float = 0.0) -> nn.Sequential:
-    """Return linear layers, each followed by SiLU and optional dropout.
-
-    Args:
-        inputs: Number of inputs.
-        units: Widths of the layers.
-        dropout: Dropout rate.
-    """
+def _mlp(inputs: int, units: Sequence[int], dropout: float = 0.0) -> nn.Sequential:
+    """Return linear layers of these widths, each followed by SiLU and optional dropout."""
     layers: list[nn.Module] = []
-    for width in units:
-        layers += [Linear(inputs, width), nn.SiLU()]
-        if dropout > 0:
-            layers.append(RowDropout(dropout))
-        inputs = width
+    for width, below in pairwise([inputs, *units]):
+        layers += [Linear(width, below), nn.SiLU(), *([_RowDropout(dropout)] if dropout > 0 else [])]
     return nn.Sequential(*layers)
 
 
-class RowDropout(nn.Dropout):
-    """Dropout of (B, W) that drops the same elements of a row if a step is repeated, see `batch.seeded_draws`."""
+class _RowDropout(nn.Dropout):
+    """Dropout that drops the same elements of a row if a step is repeated, see `batch.seeded_draws`."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -414,10 +381,10 @@ class Towers(nn.Module):
 
 
 class PlacementTower(nn.Module):
-    """Shallow network from placement inputs to a logit per task (Zhao et al., RecSys 2019).
+    """Shallow network from placement inputs, such as the position, to a logit per task (Zhao et al., RecSys 2019).
 
-    Training adds these logits to the logits of the towers, so that they absorb the effect of position on labels. With
-    probability `dropout`, a row's placement logits are 0 in training, because serving has no placement logits at all.
+    Only training adds these logits to the logits of the towers. The network thus absorbs the effect of position on
+    labels. With probability `dropout`, training leaves out a row's placement logits, as serving always does.
     """
 
     def __init__(self, inputs: int, tasks: int, settings: section.Placement) -> None:
@@ -430,15 +397,14 @@ class PlacementTower(nn.Module):
         """
         super().__init__()
         self.dropout = settings.dropout
-        self.layers = mlp(inputs, settings.units)
+        self.layers = _mlp(inputs, settings.units)
         self.logits = Linear(settings.units[-1] if settings.units else inputs, tasks)
 
     def forward(self, placement: Tensor) -> Tensor:
         """Return the logits (B, T) of the placement (B, P)."""
         logits: Tensor = self.logits(self.layers(placement))
         if self.training and self.dropout > 0:
-            shown = draw_uniform((len(logits), 1), logits.device) >= self.dropout
-            logits = logits * shown
+            logits = logits * (draw_uniform((len(logits), 1), logits.device) >= self.dropout)
         return logits
 
 

@@ -1,7 +1,7 @@
-"""Layout of a model's inputs and outputs, with table widths and the weights of tasks in loss and score.
+"""Layout of a model's inputs and outputs: the layout of encoded rows, table widths, and weights of tasks.
 
-Widths and weights come from the settings when a model is created, and are saved as JSON with a served model. Encoded
-rows don't depend on them, so code that only reads rows uses the plain `Layout`.
+Widths and weights come from the settings when a model is created. Encoded rows don't depend on them, so code that only
+reads rows uses the plain `Layout`.
 """
 
 from dataclasses import dataclass, fields
@@ -86,21 +86,14 @@ class ModelLayout(Layout):
         def plain(kind: type[T], source: T) -> T:
             return kind(**{spec.name: getattr(source, spec.name) for spec in fields(kind)})
 
-        tables, tasks = (
-            (plain(TableSpec, spec) for spec in self.tables),
-            (plain(TaskOutput, spec) for spec in self.tasks),
-        )
-        return Layout(tuple(tables), self.ids, self.dense, tuple(tasks))
+        tables = tuple(plain(TableSpec, table) for table in self.tables)
+        return Layout(tables, self.ids, self.dense, tuple(plain(TaskOutput, task) for task in self.tasks))
 
     def table(self, name: str) -> EmbeddingTable:
         return next(table for table in self.tables if table.name == name)
 
     def width(self, placement: bool) -> int:
-        """Return the number of input columns: the widths of all embeddings, plus one for each dense input.
-
-        Args:
-            placement: Whether to count the placement inputs, or else all other inputs.
-        """
+        """Return the number of columns of all placement inputs, or of all other inputs if `placement` is false."""
         dims = {column.name: self.table(column.table).dim for column in self.ids}
         return sum(dims[name] for name in self.id_names(placement)) + len(self.dense_names(placement))
 
@@ -110,18 +103,16 @@ class ModelLayout(Layout):
         return [name for name in super().id_names(placement) if name not in further_inputs]
 
     def lookup_inputs(self) -> list[IdInput]:
-        """Return the ID inputs that sharded tables look up.
+        """Return the ID inputs of sharded tables, which can only sum the embeddings of an input.
 
-        Sharded tables return the sum over the IDs of an input. Attention needs the embedding of each event, so each
-        position of its histories is a separate input.
+        Attention needs the embedding of each event, so each position of a history is an input of its own.
         """
         lengths = {name: column.length for column in self.attention for name, _ in self.history_inputs(column)}
         inputs = list[IdInput]()
         for column in self.ids:
             positions = range(lengths.get(column.name, 0))
-            inputs += [IdInput(position_input(column.name, position), column.table) for position in positions] or [
-                column
-            ]
+            parts = [IdInput(position_input(column.name, position), column.table) for position in positions]
+            inputs += parts or [column]
         return inputs
 
 

@@ -1,15 +1,16 @@
 """Routing rules, which choose and weight the experts of a row for each task, and losses on the routing.
 
 Each gate computes a softmax over the experts. A rule then chooses experts, and the weights of the chosen experts are
-divided by their sum. A model that trains with one expert per row (k = 1) skips the division. The only weight would
-otherwise be 1 for any logits, and the gate would get no gradient. Serving divides if and only if training does.
+divided by their sum. A model that trains with one expert per row (k = 1) skips the division in training and serving.
+The only weight would otherwise be 1 for any logits, and the gate would get no gradient.
 
 Outside training, a model may run with fewer experts than in training. Every rule then takes the k largest (V-MoE,
 Riquelme et al., NeurIPS 2021).
 
 To add a rule, write a subclass of `RoutingRule` and add it to the list `RULES`.
 
-Shapes: B rows, G gates, E experts, R routers. There is one router for each gate, or one for all gates.
+Shapes: B rows, G gates, E experts, R routers. A router chooses experts. Each gate is a router, or there is one router
+for all gates.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class GateOutput:
 
     Attributes:
         gate_logits: (B, G, E) float32, minus infinity for an invisible expert.
-        router_logits: (B, R, E) float32, logits of the gates or of the one router, less the offset of ramping experts.
-            Minus infinity for an invisible expert.
+        router_logits: (B, R, E) float32, lowered for experts that are being phased in (`Gates.ramp`). Minus infinity
+            for an invisible expert.
         probabilities: (B, R, E) float32, the routers' softmax over allowed experts, in training with noise and dropout.
         allowed: (R, E) bool, the experts that may be used.
         bias: (E,) float32, the selection bias.
@@ -52,7 +53,7 @@ class Routing(NamedTuple):
         probabilities: (B, R, E) float32, the softmax that chose the experts.
         selected: (B, R, E) bool, None if all experts are selected.
         logits: (B, R, E) float32 of the routers.
-        max_selected: Maximum number of experts that a router may choose for a row, None if the rule sets no maximum.
+        max_selected: Maximum number of experts per row and router, None if the rule sets no maximum.
     """
 
     weights: Tensor
@@ -78,7 +79,7 @@ class RoutingRule(ABC):
     takes_k = True
     """Whether `gates.top_k` sets the number of experts per row in training."""
     uses_selection_bias = False
-    """Whether `select` adds `GateOutput.bias`, so that the setting `gates.balance: bias` can even out loads."""
+    """Whether `select` adds `GateOutput.bias`, which the setting `gates.balance: bias` requires."""
     depends_on_batch = False
     """Whether a row's experts depend on other rows of the batch. Scoring then takes the k largest instead."""
     selects_at_most_k = False
@@ -98,7 +99,7 @@ class RoutingRule(ABC):
             selected: Result of `select`.
             renormalize: Whether a row's weights sum to 1 instead of the probability of the selected experts.
         """
-        return gated.probabilities if selected is None else keep_selected(gated.probabilities, selected, renormalize)
+        return gated.probabilities if selected is None else _keep_selected(gated.probabilities, selected, renormalize)
 
 
 def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
@@ -117,10 +118,7 @@ def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
 
 
 def select_top_k(gated: GateOutput) -> Tensor:
-    """Select each router's k experts with the largest log probability plus bias, (B, R, E) bool.
-
-    Experts of probability 0 are never selected.
-    """
+    """Select each router's k experts with the largest log probability plus bias, (B, R, E) bool."""
     import torch
 
     assert gated.k is not None, "this rule takes a k"
@@ -130,14 +128,8 @@ def select_top_k(gated: GateOutput) -> Tensor:
     return torch.zeros_like(probabilities, dtype=torch.bool).scatter_(-1, chosen, True) & (probabilities > 0)
 
 
-def keep_selected(probabilities: Tensor, selected: Tensor, renormalize: bool) -> Tensor:
-    """Return the selected probabilities, 0 elsewhere.
-
-    Args:
-        probabilities: (B, R, E).
-        selected: (B, R, E) bool.
-        renormalize: Whether to divide by the sum.
-    """
+def _keep_selected(probabilities: Tensor, selected: Tensor, renormalize: bool) -> Tensor:
+    """Return the selected probabilities, 0 elsewhere, and divide them by their sum if `renormalize` is true."""
     import torch
 
     weights = probabilities * selected
@@ -150,17 +142,14 @@ def keep_selected(probabilities: Tensor, selected: Tensor, renormalize: bool) ->
 
 
 def expert_loads(routing: Routing, row_mask: Tensor) -> Tensor:
-    """Return the load of each expert, which is its fraction of the choices of all routers.
+    """Return the load of each expert, which is the fraction of the routers' choices that went to it, (E,) float32.
 
-    If every row uses all experts, the load is the mean probability. Loads are not computed by task, because balancing
-    each task separately would keep tasks from using different experts.
+    If every row uses all experts, the load is the mean probability. There is one load for all tasks together, because
+    balancing each task separately would keep tasks from using different experts.
 
     Args:
         routing: Routing of a level.
         row_mask: (B,) float32, 1 for rows that count and 0 for other rows.
-
-    Returns:
-        (E,) float32, without gradient.
     """
     import torch
 
@@ -173,9 +162,7 @@ def expert_loads(routing: Routing, row_mask: Tensor) -> Tensor:
 
 
 def balance_loss(routing: Routing, loads: Tensor, row_weights: Tensor) -> Tensor:
-    """Return E * sum over experts of load * mean probability (Fedus et al., JMLR 2022, eq. 4).
-
-    The loss is 1 if all loads are equal.
+    """Return E * sum over experts of load * mean probability (Fedus et al., JMLR 2022, eq. 4), 1 for equal loads.
 
     Args:
         routing: Routing of a level.
@@ -263,18 +250,11 @@ class SharedRoute(TopK):
     shared_router = True
 
     def weigh(self, gated: GateOutput, selected: Tensor | None, renormalize: bool) -> Tensor:
-        """Return each gate's softmax over the selected experts.
-
-        Args:
-            gated: Outputs of the gates.
-            selected: (B, R, E) bool.
-            renormalize: As in `RoutingRule.weigh`.
-        """
         assert selected is not None
         # Add the router's logits to the gates' logits. The router would otherwise get no gradient.
         weights = masked_softmax(gated.gate_logits + gated.router_logits, selected)
         if not renormalize:
-            weights = weights * keep_selected(gated.probabilities, selected, renormalize=False).sum(-1, keepdim=True)
+            weights = weights * _keep_selected(gated.probabilities, selected, renormalize=False).sum(-1, keepdim=True)
         return weights
 
 

@@ -21,7 +21,7 @@ _LARGEST_LOG = float(np.log(np.finfo(np.float64).max))
 
 
 def predictions(logits: Tensor, kinds: Sequence[TaskKind]) -> Tensor:
-    """Convert logits to predictions by the kind of each task.
+    """Convert logits to predictions.
 
     Args:
         logits: (B, T).
@@ -51,10 +51,7 @@ def predictions_to_logits(values: Tensor, kinds: Sequence[TaskKind]) -> Tensor:
 
 
 def joint_logit(condition: Tensor, conditional: Tensor) -> Tensor:
-    """Return the logit of the product of two probabilities.
-
-    From logits a and b, it is -log(e^-a + e^-b + e^-(a + b)). The result is exact for any logits, since nothing is
-    subtracted from 1.
+    """Return the logit of the product of two probabilities with logits a and b: -log(e^-a + e^-b + e^-(a + b)).
 
     Args:
         condition: Logits a of the first event.
@@ -64,17 +61,14 @@ def joint_logit(condition: Tensor, conditional: Tensor) -> Tensor:
 
 
 def add_joint_predictions(values: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
-    """Return predictions by task, with the joint predictions of conditional tasks.
+    """Return predictions (N,) by task name, with joint predictions.
 
     A task with `conditional_on` predicts a conditional probability. The joint prediction `CONDITION_and_TASK` is the
-    probability of both.
+    probability that both events happen.
 
     Args:
         values: (N, T) predictions.
         layout: Layout with the tasks.
-
-    Returns:
-        Name -> (N,).
     """
     tasks = {task.name: values[:, index] for index, task in enumerate(layout.tasks)}
     return tasks | {
@@ -83,9 +77,7 @@ def add_joint_predictions(values: np.ndarray, layout: Layout) -> dict[str, np.nd
 
 
 def compute_log_scores(logits: Tensor, kinds: Sequence[TaskKind], score_weights: Sequence[float]) -> Tensor:
-    """Return the log scores (B,), the sum over tasks of weight x log prediction.
-
-    Rank by the log score, since the score itself may be too small for float32.
+    """Return the log scores (B,). Rank by them, since scores may be too small for float32.
 
     Args:
         logits: (B, T).
@@ -115,14 +107,12 @@ def scores_from_log_scores(log_scores: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TaskCalibration:
-    """Increasing, piecewise linear function from a logit to a calibrated logit.
-
-    Lines connect K given points, the knots. Below the first knot and above the last, the function has a fixed slope.
+    """Increasing function from a logit to a calibrated logit. Straight lines connect K points, called knots.
 
     Attributes:
         logits: Logits of the K knots, K at least 1.
         calibrated: Calibrated logits of the knots.
-        slope: Slope below the first knot and above the last.
+        slope: Slope of the function below the first knot and above the last.
 
     Raises:
         ValueError: The function isn't increasing, which would change the order of candidates, or isn't finite.
@@ -164,11 +154,11 @@ class TaskCalibration:
         knots, values = (x.new_tensor(points) for points in (self.logits, self.calibrated))
         outer = values.new_tensor([self.slope])
         slopes = torch.cat([outer, values.diff() / knots.diff(), outer])
-        # K knots bound K + 1 linear pieces. Piece i ends at knot i, and piece K begins at the last knot. Compute each
-        # piece from the knot at its left, and piece 0 from the knot at its right.
-        piece = torch.bucketize(x.contiguous(), knots)
-        knot = (piece - 1).clamp(min=0)
-        return (values[knot] + slopes[piece] * (x - knots[knot])).to(logits.dtype)
+        # K knots separate K + 1 lines. Compute each line from the knot at its left, and line 0 from the knot at its
+        # right.
+        line = torch.bucketize(x.contiguous(), knots)
+        knot = (line - 1).clamp(min=0)
+        return (values[knot] + slopes[line] * (x - knots[knot])).to(logits.dtype)
 
 
 @dataclass(frozen=True)
@@ -178,14 +168,11 @@ class Calibration:
     tasks: Mapping[str, TaskCalibration] = field(default_factory=dict)
 
     def apply(self, logits: Tensor, names: Sequence[str]) -> Tensor:
-        """Calibrate logits.
+        """Return calibrated logits, (B, T) of the type of `logits`.
 
         Args:
             logits: (B, T).
             names: Names of the T tasks.
-
-        Returns:
-            Calibrated logits, (B, T) of the type of `logits`.
         """
         if not self.tasks:
             return logits

@@ -1,12 +1,10 @@
-"""Embedding tables in two forms with equal weights, names and outputs.
+"""Embedding tables in two forms with equal weights and names.
 
 `PlainTables` is pure torch, for serving and single-process evaluation. `torchrec_tables` returns torchrec's collection
-of tables, which `mmoe_rec.training.sharding` distributes over ranks. Both have the state
-`embedding_bags.<table>.weight`. In torchrec's collection, weights have padding columns (`padded_dim`).
+of tables, which `mmoe_rec.training.sharding` distributes over ranks. Its weights have padding columns (`padded_dim`).
 
 Pass the output of either form to `mean_embeddings`. The result is the mean embedding of an input's IDs, or zero without
-IDs. torchrec's collection only sums embeddings, since averaging kernels are slow on some processors, and
-`mean_embeddings` divides the sums.
+IDs. torchrec's collection only sums embeddings, because averaging is slow on some processors.
 """
 
 import hashlib
@@ -38,18 +36,13 @@ def used_tables(layout: ModelLayout) -> list[EmbeddingTable]:
 
 
 def initial_rows(table: EmbeddingTable, seed: int, first: int, last: int) -> Tensor:
-    """Return initial weights of a range of rows.
-
-    The weights depend only on seed, table name and row, so any sharding starts with the same weights.
+    """Return initial weights (last - first, dim) float32 of a range of rows, which are the same for any sharding.
 
     Args:
         table: Table of the rows.
         seed: Seed.
         first: First row.
         last: End of the rows, exclusive.
-
-    Returns:
-        (last - first, dim) float32, normal with standard deviation INITIAL_STD.
     """
     weights = torch.empty(last - first, table.dim)
     for block in range(first // BLOCK_ROWS, -(-last // BLOCK_ROWS)):
@@ -83,11 +76,9 @@ class PlainTables(nn.Module):
         self._attended = {name for history in layout.attention for name, _ in layout.history_inputs(history)}
 
     def forward(self, ids: KeyedIds) -> dict[str, Tensor]:
-        """Return the embeddings of each input by name.
+        """Return the mean embeddings (B, dim) float32 of each input by name.
 
-        Returns:
-            Name -> (B, dim) float32, the means. Inputs of attention have the embedding of each of their E IDs instead,
-            (E, dim).
+        Inputs of attention have the embedding of each of their E IDs instead, (E, dim).
         """
         return {
             name: self.rows(table, ids.column(name)[0])
@@ -97,7 +88,7 @@ class PlainTables(nn.Module):
         }
 
     def rows(self, table: str, ids: Tensor) -> Tensor:
-        """Return rows of a table, (...) int64 -> (..., dim) float32.
+        """Return rows of a table, (..., dim) float32.
 
         Args:
             table: Name of the table.
@@ -110,8 +101,7 @@ class PlainTables(nn.Module):
 def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") -> nn.Module:
     """Return the tables of a layout as torchrec's EmbeddingBagCollection, or an empty `PlainTables` without ID inputs.
 
-    Weights are zeros until `mmoe_rec.training.sharding.shard` or a checkpoint fills them. The forward pass takes a
-    KeyedJaggedTensor and returns sums. Read them with `mean_embeddings`, since their order follows the sharding plan.
+    Weights are zeros until `mmoe_rec.training.sharding.shard` or a checkpoint fills them.
 
     Args:
         layout: Layout with the tables.
@@ -144,8 +134,8 @@ def mean_embeddings(
     Args:
         embeddings: Output of the tables: means by name, or sums as `PooledEmbeddings` or torchrec's KeyedTensor.
         dims: Width of each input's embedding.
-        ragged: R inputs whose rows may have other numbers of IDs than one, see `Batch.ragged_inputs`.
-        pooling_weights: (R, B) factors from sums to means of the `ragged` inputs, see `Batch.pooling_weights`.
+        ragged: Names of R inputs whose sums differ from means, see `Batch.ragged_inputs`.
+        pooling_weights: (R, B) factors from sums to means, see `Batch.pooling_weights`.
 
     Returns:
         Input name -> (B, dim) float32.
@@ -171,17 +161,14 @@ def pool_histories(
     histories: Sequence[tuple[int, Sequence[str]]],
     rows: Tensor,
 ) -> tuple[dict[str, Tensor], AttentionEvents]:
-    """Compute the mean embedding of each history, and store the embeddings of single events in `events`.
+    """Return embeddings with the mean of each history, and events with their embeddings in `vectors`.
 
     Args:
-        embeddings: Result of `mean_embeddings`. Inputs of histories have the embedding of each event (plain tables), or
+        embeddings: Result of `mean_embeddings`. A history's inputs have the embedding of each event (plain tables), or
             of each position of the lists (sharded tables).
         events: Events of the rows.
-        histories: Maximum length of each history, and its inputs. The mean is stored under the name of the first input.
+        histories: Maximum length and inputs of each history. The mean gets the name of the first input.
         rows: Any tensor with B rows. Only the number of rows is read.
-
-    Returns:
-        Embeddings with the means, and events with `vectors`.
     """
     means, vectors, first = dict(embeddings), list[Tensor](), 0
     for (length, names), size in zip(histories, events.sizes, strict=True):
@@ -214,7 +201,6 @@ def pool_histories(
 #
 # Only tables in training are padded. A saved model has D columns.
 
-
 COLUMN_MULTIPLE = 4
 
 
@@ -231,14 +217,11 @@ def to_padded(weights: Tensor) -> Tensor:
 
 
 def from_padded(weights: Tensor, dim: int) -> Tensor:
-    """Convert stored rows, or means of stored rows, to weights.
+    """Convert stored rows, or sums of stored rows, to weights (N, D).
 
     Args:
         weights: (N, D').
         dim: Width D of the table.
-
-    Returns:
-        (N, D).
     """
     width = weights.shape[1]
     return weights if width == dim else weights[:, :dim] * math.sqrt(dim / width)
@@ -249,7 +232,6 @@ def from_padded(weights: Tensor, dim: int) -> Tensor:
 # A weight is an integer code from -127 to 127, times a bfloat16 scale. Each row has its own scale, except that adjacent
 # rows of a narrow table share one. Zeros stay zeros, and the error of a weight is at most half a scale. For the tables
 # of the Complete Journey model, the root mean square of the error is 0.48% of the root mean square of the weights.
-
 
 INT8_LIMIT = 127
 MIN_WEIGHTS_PER_SCALE = 16
@@ -268,7 +250,7 @@ def quantize(weights: Tensor) -> tuple[Tensor, Tensor]:
         weights: (..., D) floats.
 
     Returns:
-        Codes (..., D) int8, and S scales (S,) bfloat16, one for each group of `rows_per_scale` adjacent rows.
+        Codes (..., D) int8, and scales (S,) bfloat16. Each scale belongs to `rows_per_scale` adjacent rows.
 
     Raises:
         ValueError: A number is not finite.
@@ -277,8 +259,8 @@ def quantize(weights: Tensor) -> tuple[Tensor, Tensor]:
     rows = weights.detach().float().reshape(-1, width)
     if not rows.isfinite().all():
         raise ValueError("a number is not finite")
-    group = rows_per_scale(width)
-    blocks = functional.pad(rows, (0, 0, 0, -len(rows) % group)).reshape(-1, group * width)
+    height = rows_per_scale(width)
+    blocks = functional.pad(rows, (0, 0, 0, -len(rows) % height)).reshape(-1, height * width)
     scales = (blocks.abs().amax(1) / INT8_LIMIT).bfloat16()
     steps = _row_scales(scales, len(rows), width)
     # A scale is 0 if all numbers are 0, or too small for bfloat16.
@@ -306,14 +288,11 @@ class Int8EmbeddingBag(nn.Module):
     """Embedding table in int8 with the lookup of `nn.EmbeddingBag`."""
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
-        """Create the table.
+        """Create the table, or raise ValueError if the shapes don't match.
 
         Args:
             codes: (N, D) int8 from `quantize`.
             scales: (S,) bfloat16 from `quantize`.
-
-        Raises:
-            ValueError: The shapes don't match.
         """
         super().__init__()
         self.num_embeddings, self.embedding_dim = codes.shape  # The names of `nn.EmbeddingBag`.
@@ -338,7 +317,7 @@ class Int8EmbeddingBag(nn.Module):
         """Return the means of B lists of rows, (B, D) float32, 0 for empty lists.
 
         Args:
-            ids: (n,) IDs of all lists.
+            ids: (n,) row numbers of all lists.
             offsets: (B + 1,) start of each list in `ids`, and the end of the last list.
         """
         positions = torch.arange(len(ids), device=ids.device, dtype=offsets.dtype)
@@ -351,10 +330,10 @@ def table_weight_name(table: str) -> str:
 
 
 def pop_table(stored: dict[str, Tensor], name: str) -> nn.EmbeddingBag | Int8EmbeddingBag | None:
-    """Remove a table from stored weights and return it, or None if the file has no such table.
+    """Remove a table from `stored` and return it, or None if the table isn't there.
 
     Args:
-        stored: Weights of a file, which the function changes.
+        stored: Weights of a file by name.
         name: Name of the table's weight.
 
     Raises:

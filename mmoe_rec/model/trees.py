@@ -4,8 +4,8 @@ Trees and networks make different errors, so their sum ranks better than either.
 inputs of the network. Some trees also read single IDs as numbers. The number is the ID's row in its embedding table,
 where frequent IDs come first. `mmoe_rec.training.stacking` trains the trees and fits the weights.
 
-In an artifact, the folder `trees` contains one text of LightGBM per task, and the weights in `blends.json`. A text may
-contain several ensembles, whose mean is used.
+In an artifact, the folder `trees` contains LightGBM's text of each task's trees, and the weights in `blends.json`. A
+text may contain several ensembles, whose mean is used.
 
 Shapes: B rows, F inputs of the trees, T tasks of the model, K tasks with trees.
 """
@@ -31,10 +31,7 @@ FOLDER, BLENDS = "trees", "blends.json"
 
 @dataclass(frozen=True)
 class Blend:
-    """Weights of the sum network * network logit + trees * tree logit + offset.
-
-    Logits of a regression are values in the label's unit.
-    """
+    """Weights of the sum network * network logit + trees * tree logit + offset, in a regression's own unit."""
 
     network: float
     trees: float
@@ -68,14 +65,13 @@ class Trees:
         return Forest([read_ensemble(text) for text in self.texts.values()])
 
     def logits(self, inputs: Tensor, names: Sequence[str]) -> Tensor:
-        """Return the logits of the trees, NaN for tasks without trees.
+        """Return the logits of the trees, (B, T) float64, NaN for tasks without trees.
+
+        Logits of a regression count standard deviations from the mean label.
 
         Args:
             inputs: (B, F) float32, dense inputs and then single IDs.
             names: Names of the T tasks.
-
-        Returns:
-            (B, T) float64. Logits of a regression are values in standard deviations from the mean label.
         """
         columns = np.full((len(inputs), len(names)), np.nan)
         if self.texts:
@@ -84,15 +80,12 @@ class Trees:
         return torch.from_numpy(columns)
 
     def blend(self, network: Tensor, trees: Tensor, names: Sequence[str]) -> Tensor:
-        """Blend the logits of network and trees. Tasks without trees keep the network's logits.
+        """Blend the logits of network and trees, (B, T) of the type of `network`.
 
         Args:
             network: (B, T).
-            trees: (B, T), NaN for tasks without trees.
+            trees: (B, T), NaN for tasks without trees, which keep the network's logits.
             names: Names of the T tasks.
-
-        Returns:
-            (B, T) of the type of `network`.
         """
         blends = [astuple(self.blends.get(name, Blend(1.0, 0.0, 0.0))) for name in names]
         network_weight, tree_weight, offset = torch.tensor(blends, dtype=torch.float64, device=network.device).T
@@ -143,12 +136,10 @@ class Trees:
 # (QuickScorer, Lucchese et al., SIGIR 2015, instead has one bit string of leaves for each row.) Leaf values are looked
 # up and summed in the order of the trees, so a row's result is bitwise the same in every batch.
 
-
 # Blocks of this size fit a processor's cache. 871 trees and 500 rows take 3.6 ms, and 9.6 ms without blocks.
 ROWS_PER_BLOCK = 128
 # Masks of LightGBM's `decision_type`: 1 marks a categorical split, and 12 holds the rule for missing values.
 _SET, _MISSING = 1, 12
-
 _ZERO = np.float32(1e-35)  # LightGBM reads smaller numbers as 0, so they don't go left at an edge below 0.
 
 
@@ -161,11 +152,11 @@ class Tree:
         edges: (S,) float32. Inputs up to the edge go left.
         is_categorical: (S,) bool. For a categorical split, inputs in a set of whole numbers go left. `edges` is unused.
         left: (S,) int64, the split that follows at the left. A leaf is stored as `~leaf`.
-        right: As `left`, for the split that follows at the right.
+        right: (S,) int64, the split or leaf that follows at the right.
         values: (S + 1,) float64, values of the leaves.
         sets: (S,) int64, the index of the set of a categorical split.
         set_offsets: Index of each set's first word in `set_bits`, and the end of the last set.
-        set_bits: uint32 words of all sets. Bit i of a set says whether the whole number i is in the set.
+        set_bits: uint32 words of all sets. Bit i of a set says whether the number i is in the set.
     """
 
     features: np.ndarray
@@ -197,10 +188,7 @@ class Ensemble(NamedTuple):
 
 
 def read_ensemble(text: str) -> Ensemble:
-    """Read the trees in LightGBM's text.
-
-    If the text has n ensembles, leaf values are divided by n, so that the sum over all trees is the mean of the
-    ensembles.
+    """Read the trees in LightGBM's text. The sum over all trees is the mean of the ensembles in the text.
 
     Raises:
         ValueError: The text is damaged, or the trees aren't of the kind that `mmoe_rec.training.stacking` trains.
@@ -261,8 +249,7 @@ class Forest:
         self._values = np.zeros((len(trees), 1 << self._digits))
         for tree, row in zip(trees, self._values, strict=True):
             row[: len(tree.values)] = tree.values
-        # `_sums` computes bit strings in this order: one for each different numeric split, one for each categorical
-        # split.
+        # `_sums` computes one bit string for each different numeric split, then one for each categorical split.
         # Numeric splits of an input: the input, the range of their bit strings, their edges (E, 1).
         self._numbers: list[tuple[int, slice, np.ndarray]] = []
         # Categorical splits of an input: the input, the range of their bit strings, and whether each whole number is in
@@ -318,14 +305,11 @@ class Forest:
         return bits
 
     def sums(self, x: np.ndarray, threads: int = 1) -> np.ndarray:
-        """Sum the outputs of each task's trees. A row has the same sums, bit for bit, in every batch.
+        """Return the sums of each task's trees, (B, K) float64. A row has the same sums, bit for bit, in every batch.
 
         Args:
-            x: Inputs of B rows, shape (B, F), float32.
+            x: (B, F) float32.
             threads: Number of threads.
-
-        Returns:
-            Sums of the K tasks, shape (B, K), float64.
         """
         blocks = [x[first : first + ROWS_PER_BLOCK] for first in range(0, len(x), ROWS_PER_BLOCK)]
         if (threads := min(threads, len(blocks) // 4)) > 1:
@@ -375,9 +359,7 @@ class Forest:
             with_digit = np.bitwise_or.reduce(leaf_rows[half:], axis=0)
             leaf_rows = leaf_rows[:half] | leaf_rows[half:]
             digit_bits = np.unpackbits(with_digit.view(np.uint8), bitorder="little").reshape(leaf.shape)
-            digit_bits = digit_bits.astype(leaf.dtype, copy=False)
-            leaf |= np.left_shift(digit_bits, digit, out=digit_bits)
-        slots = self._values.shape[1]
-        values = self._values.take(leaf + slots * np.arange(trees)[:, None])
+            leaf |= digit_bits.astype(leaf.dtype, copy=False) << digit
+        values = self._values.take(leaf + self._values.shape[1] * np.arange(trees)[:, None])
         sums = [values[first:end].sum(0) for first, end in pairwise(self._ends)]
         return np.stack(sums, axis=1)[: len(x)]

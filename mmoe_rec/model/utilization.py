@@ -28,8 +28,8 @@ class ExpertUtilization:
 
     Attributes:
         weights: (T, E) float64, the mean weight of an expert in a task's gate.
-        loads: (T, E) float64, the fraction of the task's choices that went to an expert. Soft gates choose all experts
-            in proportion to their weights.
+        loads: (T, E) float64, the fraction of the task's choices that went to an expert. For soft gates, which don't
+            choose, the fraction of the weight.
     """
 
     weights: Fractions
@@ -42,21 +42,18 @@ class ExpertUtilization:
 
     @property
     def max_over_mean(self) -> float:
-        """Largest load divided by the mean load. 1 for even loads."""
+        """Largest load divided by the mean load. 1 if all loads are equal."""
         loads = _numbers(self.total_loads)
         return float(loads.max() / loads.mean()) if len(loads) else 1.0
 
     @property
     def entropy(self) -> float:
-        """Entropy of `total_loads` divided by the log of the number of experts. 1 for even loads."""
+        """Entropy of `total_loads` divided by the log of the number of experts. 1 if all loads are equal."""
         return _entropy(_numbers(self.total_loads))
 
     @property
     def polarized(self) -> list[bool]:
-        """Whether the gate of each task gives one expert more than POLARIZED_ABOVE of its weight.
-
-        A gate that sees only one expert isn't polarized.
-        """
+        """Whether each task's gate, if it sees several experts, gives one more than POLARIZED_ABOVE of the weight."""
         return [len(seen := _numbers(weights)) > 1 and float(seen.max()) > POLARIZED_ABOVE for weights in self.weights]
 
     def to_metrics(self, tasks: list[str]) -> dict[str, float]:
@@ -97,12 +94,11 @@ class ExpertUtilization:
 
 
 class UtilizationAccumulator:
-    """Running sums of gate outputs. Sums of several ranks can be added.
+    """Running sums of gate outputs. The `sums` of several ranks can be added.
 
     Attributes:
         visible: (T, E) bool, the experts in use that the gate of each task sees.
-        sums: (2 T E + 1,) float64 on the model's device. First the sums of weights for each task and expert, then the
-            sums of choices, then the number of rows.
+        sums: (2 T E + 1,) float64: weights by task and expert, choices by task and expert, and the number of rows.
     """
 
     def __init__(self, visible: Tensor) -> None:
@@ -114,7 +110,7 @@ class UtilizationAccumulator:
 
         Args:
             outputs: Outputs of the model.
-            row_mask: (B,) bool, the rows that count, None for all rows.
+            row_mask: (B,) bool, whether to count a row. None counts all rows.
         """
         last = outputs.routings[-1]
         weights = chosen = last.weights.double()
@@ -130,8 +126,7 @@ class UtilizationAccumulator:
         sums, unseen = self.sums.cpu(), ~self.visible.cpu()
         weights, choices = sums[:-1].unflatten(0, (2, *unseen.shape)).unbind()
         fractions = choices / choices.sum(-1, keepdim=True).clamp(min=1e-300)
-        means = ((weights / sums[-1]).masked_fill(unseen, math.nan), fractions.masked_fill(unseen, math.nan))
-        return ExpertUtilization(*means)
+        return ExpertUtilization(*(means.masked_fill(unseen, math.nan) for means in (weights / sums[-1], fractions)))
 
 
 def _numbers(values: Tensor) -> Tensor:

@@ -1,10 +1,8 @@
 """Initial weights of a model, from base rates or another model, and edits of a model's experts.
 
-A model can start from another model if its features extend the features of the other model.
-
-Dense weights and table rows of seen IDs are copied. An ID that is new to the vocabulary starts as a copy of the hash
-bucket in which the other model looked it up. The first outputs therefore equal the outputs of the other model. The
-state of optimizers is not copied, so the first steps are as large as in any run.
+A new model can start from an old model if its features extend the old model's features. Dense weights and table rows of
+seen IDs are copied. An ID that is new to the vocabulary starts as a copy of the row where the old model looked it up (a
+hash bucket). The first outputs therefore equal the old model's outputs. The state of optimizers is not copied.
 """
 
 import copy
@@ -31,10 +29,8 @@ from mmoe_rec.settings.load import describe_errors
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import diff_settings
 
-# Settings that may differ between both models, because they don't change the weights' shape or meaning. A setting is
-# given by the last part of its name.
-_FREE = frozenset({"dropout", "conditional_on"})
-_FREE |= {"top_k", "random_top_k", "serving_top_k", "noise", "compute"}
+# Last parts of the names of settings that don't change the weights' shape or meaning. Both models may differ in them.
+_FREE = {"dropout", "conditional_on", "top_k", "random_top_k", "serving_top_k", "noise", "compute"}
 _FREE |= {"balance", "balance_weight", "bias_rate", "z_loss", "ramp_steps"}
 
 
@@ -81,20 +77,16 @@ class WarmStart:
         }
 
     def rows(self, table: EmbeddingTable, first: int, last: int) -> Tensor:
-        """Return initial weights of a range of rows, without loading the whole table.
+        """Return initial weights (last - first, dim) float32 of a range of rows, without loading the whole table.
 
         Args:
             table: Table of the rows.
             first: First row.
             last: End of the rows, exclusive.
-
-        Returns:
-            (last - first, dim) float32.
         """
         old_rows = self._old_rows[table.name]
-        copied = self._copied_rows.get(table.name, np.empty(0, np.int64))[
-            max(0, first - old_rows) : max(0, last - old_rows)
-        ]
+        copied = self._copied_rows.get(table.name, np.empty(0, np.int64))
+        copied = copied[max(0, first - old_rows) : max(0, last - old_rows)]
         parts = []
         with _weights(self.folder) as weights:
             stored = weights.get_slice(f"tables.embedding_bags.{table.name}.weight")
@@ -164,22 +156,19 @@ def _mismatches(
 
 
 # The last biases of the towers start at the base rates, so that a new model predicts the mean training label for every
-# row. If the biases started at 0 (a rate of 50%), a short run would never reach the base rate of a label that only one
-# row in 200 has.
+# row. If the biases started at 0 (a rate of 50%), a short run would never reach the base rate of a rare label.
 
 
 def base_rates(manifest: Mapping[str, Any], tasks: Sequence[TaskOutput], weighted: bool) -> list[float | None]:
     """Return the fraction of positive labels among the observed training rows of each task.
 
-    Half a positive and half a negative row of mean weight are added, so that no rate is 0 or 1.
+    The rate is None for a regression and for a task without observed labels. Half a positive and half a negative row of
+    mean weight are added, so that no rate is 0 or 1.
 
     Args:
         manifest: Manifest of the features.
         tasks: Tasks.
         weighted: Whether to divide the rows' weights by their sampling rates, as the weighted loss does.
-
-    Returns:
-        Rates, None for a regression and for a task without observed labels.
     """
     counts = manifest["splits"]["train"]
     rows, positives = ("weight", "weighted_sum") if weighted else ("row_weight", "row_weighted_sum")
@@ -217,7 +206,6 @@ def set_base_rates(towers: Towers, tasks: Sequence[TaskOutput], rates: Sequence[
 # If gates choose experts, half the probability may not suffice to be chosen, which would change outputs. The copy
 # therefore starts unused (`Gates.ramp` is 1), and training phases it in.
 
-
 State = dict[str, Tensor]
 # Noise as a fraction of each weight. The noise of original and copy nearly cancels in soft gates: outputs change by
 # about 2 * NOISE ^ 2.
@@ -230,16 +218,13 @@ _PER_EXPERT = re.compile(r"mixture\.levels\.\d+\.gates\.(masked|ramp|selection_b
 
 
 def add_experts(state: State, model: Model, copied: Iterable[int], seed: int = 0) -> tuple[State, Model]:
-    """Append a copy of each given expert to the shared experts.
+    """Append a copy of each expert in `copied` to the shared experts, and return weights and section with the copies.
 
     Args:
         state: Weights of the model.
         model: Section `model` of the settings.
         copied: Indices of the experts to copy.
         seed: Seed of the noise.
-
-    Returns:
-        Weights and section `model` with the copies.
 
     Raises:
         UserError: An expert isn't shared or is masked.
@@ -257,15 +242,12 @@ def add_experts(state: State, model: Model, copied: Iterable[int], seed: int = 0
 
 
 def remove_expert(state: State, model: Model, expert: int) -> tuple[State, Model]:
-    """Remove a shared expert. The gates divide its weight among the other experts in proportion to their weights.
+    """Remove a shared expert, and return weights and section without the expert.
 
     Args:
         state: Weights of the model.
         model: Section `model` of the settings.
         expert: Index of the expert.
-
-    Returns:
-        Weights and section `model` without the expert.
 
     Raises:
         UserError: Too few experts would remain, or a gate would have none in use.
@@ -286,15 +268,12 @@ def remove_expert(state: State, model: Model, expert: int) -> tuple[State, Model
 
 
 def mask_expert(state: State, model: Model, expert: int) -> State:
-    """Take an expert out of use, but keep its weights.
+    """Take an expert out of use, but keep the expert's weights. Return the changed state.
 
     Args:
         state: Weights of the model.
         model: Section `model` of the settings.
         expert: Index of the expert.
-
-    Returns:
-        The changed weights.
 
     Raises:
         UserError: The expert doesn't exist, or a gate would have no expert in use.
@@ -331,12 +310,9 @@ def _add_expert(state: State, expert: int, count: int, soft: bool, generator: to
 
 def _change_experts(state: State, change: Callable[[Tensor, int], Tensor]) -> State:
     """Apply a change to each tensor with a dimension for experts, along this dimension."""
-    first = {
-        name: change(values, 0)
-        for name, values in state.items()
-        if _EXPERT.fullmatch(name) or _PER_EXPERT.fullmatch(name)
-    }
-    return state | first | {name: change(values, 1) for name, values in state.items() if _GATE.fullmatch(name)}
+    dims = {name: 0 for name in state if _EXPERT.fullmatch(name) or _PER_EXPERT.fullmatch(name)}
+    dims |= {name: 1 for name in state if _GATE.fullmatch(name)}
+    return state | {name: change(state[name], dim) for name, dim in dims.items()}
 
 
 def _check_shared(model: Model, expert: int, action: str) -> None:

@@ -1,7 +1,6 @@
-"""Kinds of tasks, one file each. To add a kind, add its file and its name in `NAMES`.
+"""Kinds of tasks, one file each. Start with `task_kind.py`, which describes all properties of a kind.
 
-`find_kind` returns the `TaskKind` with a name. It defines valid labels, loss, link function and texts. Start with
-`task_kind.py`, which describes every attribute. Then read `regression.py`.
+To add a kind, add a file, and the file's name in `NAMES`.
 """
 
 from difflib import get_close_matches
@@ -20,7 +19,7 @@ NAMES = (
 
 KINDS: dict[str, TaskKind] = {name: import_module(f"{__name__}.{name}").KIND for name in NAMES}
 DEFAULT_KIND = KINDS[NAMES[0]]
-"""Kind of tasks without a `kind`, and of the joint outcome of two tasks."""
+"""Kind of tasks without the setting `kind`, and of joint labels (whether two tasks are both positive)."""
 
 if TYPE_CHECKING:
     TaskKindField = TaskKind

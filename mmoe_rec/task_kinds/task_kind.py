@@ -12,15 +12,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ValueRule = tuple[str, Callable[[np.ndarray], np.ndarray]]
-"""Description of valid values, and a function from values (N,) to a mask (N,) of the valid ones."""
+"""Description of valid values, and a function that returns whether each of the values (N,) is valid."""
 MIN_LINEAR_PREDICTION = 1e-6
-"""Lower limit of a linear task's prediction in a product, because a factor of 0 would hide the other tasks."""
+"""Lower limit of a linear task's prediction in the ranking score, where a factor of 0 would hide the other tasks."""
 
 
 class TaskKind(str, ABC):
     """Kind of a task. An instance is also a string, the name of the kind in settings, layouts and reports.
-
-    Methods on tensors import torch when they run, because packages without torch use kinds too.
 
     Attributes:
         valid_labels: Rule for valid labels. NaN is an unobserved label.
@@ -31,10 +29,10 @@ class TaskKind(str, ABC):
             calibration, and can be conditional on another binary task.
         is_linear: Whether the logit is the prediction, in the label's unit. Models of linear tasks learn standardized
             labels, files store them in float64, and predictions may be 0 or negative.
-        min_prediction: Lower limit to which predictions are raised in a product of predictions.
+        min_prediction: Lower limit to which predictions are raised in the ranking score.
         guardrail_metric: Metric in which a task may not lose more than `evaluation.max_metric_drop`.
         loss_name: Name of the loss in reports.
-        loss_factor: Factor of the mean loss if training learns the weights of tasks, see `mmoe_rec.training.losses`.
+        loss_factor: Factor of the mean loss if training learns the tasks' weights, see `mmoe_rec.training.losses`.
         lightgbm_objective: LightGBM's name for the loss.
         mean_label_name: Name of the mean label in reports.
     """
@@ -58,15 +56,12 @@ class TaskKind(str, ABC):
 
     @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor, label_std: float = 1.0) -> Tensor:
-        """Compute the loss of each row.
+        """Return the loss of each row, (B,).
 
         Args:
             logits: Shape (B,).
             labels: Shape (B,).
             label_std: Standard deviation of the training labels, used by linear kinds.
-
-        Returns:
-            Losses, shape (B,).
         """
 
     @abstractmethod
@@ -75,29 +70,26 @@ class TaskKind(str, ABC):
 
     @abstractmethod
     def log_prediction(self, logits: Tensor) -> Tensor:
-        """Return the log predictions for logits of any shape. They are finite for every logit."""
+        """Return the log predictions for logits of any shape, which are finite for every logit."""
 
     @abstractmethod
     def logits(self, predictions: Tensor) -> Tensor:
         """Return finite logits for predictions of any shape, the inverse of `prediction`."""
 
     def losses(self, logits: np.ndarray, labels: np.ndarray, label_std: float = 1.0) -> np.ndarray:
-        """Compute the loss of each row as `loss` does, for arrays and in float64.
+        """Return the loss of each row, (B,) float64, from arrays instead of tensors.
 
         Args:
             logits: Shape (B,).
             labels: Shape (B,).
-            label_std: Standard deviation of the training labels, used by linear kinds.
-
-        Returns:
-            Losses, shape (B,) float64.
+            label_std: As in `loss`.
         """
         import torch
 
         return self.loss(torch.from_numpy(logits).double(), torch.from_numpy(labels).double(), label_std).numpy()
 
     def count_minority(self, labels: np.ndarray) -> int:
-        """Count the labels that limit a fit: labels of the rarer class, or all labels if there are no classes."""
+        """Return the number of labels of the rarer class, or of all labels if the kind has no classes."""
         return int(min(labels.sum(), (1 - labels).sum())) if self.is_binary else len(labels)
 
     def label_mean_and_std(self, labels: np.ndarray) -> tuple[float, float]:
@@ -105,7 +97,7 @@ class TaskKind(str, ABC):
         return (labels.mean(), labels.std() or 1.0) if self.is_linear else (0.0, 1.0)
 
     def format_mean(self, mean: float) -> str:
-        """Format a mean label. Large means, such as times, keep all digits before the point."""
+        """Format a mean label. Means from 1000 keep all digits before the decimal point."""
         return f"{mean:,.0f}" if 1000 <= abs(mean) < 1e15 else f"{mean:.4g}"
 
     def describe_labels(self, total: float, observed: int) -> str:
