@@ -50,9 +50,8 @@ class _TargetAttention(nn.Module):
         for first in range(0, max(1, len(rows)), step):
             pairs = slice(first, first + step)
             row = rows[pairs]
-            hidden, event = (
-                part[pairs] if events is None else part.index_select(0, events[pairs]) for part in (encoded, vectors)
-            )
+            parts = (encoded, vectors)
+            hidden, event = (x[pairs] if events is None else x.index_select(0, events[pairs]) for x in parts)
             product = self.product(event[:, : self._shared] * candidates.index_select(0, row))
             hidden = hidden + product + queries.index_select(0, row) + self.same(same[pairs])
             total = total.index_add(0, row, functional.silu(hidden))
@@ -85,11 +84,9 @@ class HistoryAttention(nn.ModuleDict):
             events: Events of the rows.
             vectors: For each history, the embeddings (E, W) of its events.
         """
-        first = 0
-        for name, size, event_vectors in zip(self, events.sizes, vectors, strict=True):
-            rows, later, same = (values[first : first + size] for values in (events.rows, events.later, events.same))
+        parts = (values.split(events.sizes) for values in (events.later, events.rows, events.same))
+        for name, event_vectors, later, rows, same in zip(self, vectors, *parts, strict=True):
             inputs = self.attend(name, inputs, event_vectors, later, rows, same)
-            first += size
         return inputs
 
     def attend(

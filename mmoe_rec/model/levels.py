@@ -64,7 +64,7 @@ class Level(nn.Module):
         self.sources = [source for source, size in groups if size]
         self.experts = nn.ModuleList(Experts(size, expert_inputs, model.experts) for _, size in groups if size)
         if self.per_task:
-            visible = visible_experts(tasks, shared, own, shared_gate=not last)
+            visible = _visible_experts(tasks, shared, own, shared_gate=not last)
         else:
             visible = torch.ones(1, shared, dtype=torch.bool)
         self.gates = Gates(inputs, visible, model.gates)
@@ -116,15 +116,8 @@ class Level(nn.Module):
         return [module for module in self.experts if isinstance(module, Experts)]
 
 
-def visible_experts(tasks: int, shared: int, own: int, shared_gate: bool) -> Tensor:
-    """Return the experts that each gate sees, (gates, E) bool.
-
-    Args:
-        tasks: Number of tasks.
-        shared: Number of experts shared by all tasks.
-        own: Number of experts of each task.
-        shared_gate: Whether a shared gate follows the gates of the tasks.
-    """
+def _visible_experts(tasks: int, shared: int, own: int, shared_gate: bool) -> Tensor:
+    """Return whether each gate sees each expert, (G, E) bool, with `shared` experts and `own` experts per task."""
     visible = torch.zeros(tasks + shared_gate, shared + tasks * own, dtype=torch.bool)
     visible[:, :shared] = True
     for task in range(tasks):

@@ -95,10 +95,7 @@ def onednn_linear(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Te
         bias: (n,).
     """
     # Copy matrices whose rows or columns have gaps in memory. For some, oneDNN would take a thousand times as long.
-    left, right = (
-        matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
-        for matrix in (left, right)
-    )
+    left, right = (x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous() for x in (left, right))
     return torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
 
 
@@ -204,7 +201,6 @@ class StackedLinear(nn.Module):
 #
 # Shapes: B rows, E experts, K maximum number of experts per row, S slots, I and O input and output width of a layer.
 
-
 # `grouped_mm` needs rows of whole 16-byte blocks, which are 8 numbers in half precision.
 GROUPED_MM_ALIGNMENT = 8
 
@@ -266,9 +262,7 @@ class Dispatch:
         experts = columns.new_zeros(rows, max_per_row + 1).scatter_(1, columns, expert_indices)[:, :max_per_row]
         filled = torch.arange(max_per_row, device=used.device) < used.sum(1, keepdim=True)
         slots = torch.where(filled, (starts + used.cumsum(0) - 1).gather(1, experts), total)
-        row_indices = torch.arange(rows, device=used.device).repeat_interleave(
-            max_per_row, output_size=rows * max_per_row
-        )
+        row_indices = torch.arange(rows, device=used.device)[:, None].expand(-1, max_per_row).flatten()
         rows_of_slots = slots.new_zeros(total + 1).scatter_(0, slots.flatten(), row_indices)[:total]
         # `combine` multiplies missing results by 0. This would give NaN if another row's result were NaN, so missing
         # results point to the row's own first result.
@@ -288,9 +282,8 @@ class Dispatch:
         # multiple of the alignment.
         padding = functional.pad(x.new_ones(1), (0, -(inputs + 1) % GROUPED_MM_ALIGNMENT))
         rows = torch.cat([x, padding.expand(len(x), -1)], dim=1)
-        columns = functional.pad(
-            torch.cat([weight, bias.unsqueeze(2)], dim=2), (0, len(padding) - 1, 0, -outputs % GROUPED_MM_ALIGNMENT)
-        )
+        zeros = (0, len(padding) - 1, 0, -outputs % GROUPED_MM_ALIGNMENT)
+        columns = functional.pad(torch.cat([weight, bias.unsqueeze(2)], dim=2), zeros)
         ends = self.sizes.cumsum(0, dtype=torch.int32)
         return functional.grouped_mm(rows, columns.to(x.dtype).transpose(1, 2), offs=ends)[:, :outputs]
 

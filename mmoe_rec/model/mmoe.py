@@ -202,11 +202,8 @@ class Mixture(nn.Module):
         """
         super().__init__()
         self.histories: HistoryAttention | None = None
-        self.bottom = bottom
-        self.levels = nn.ModuleList(levels)
-        self.towers = towers
-        self.placement = placement
-        self.raw_inputs = raw_inputs
+        self.bottom, self.levels, self.towers = bottom, nn.ModuleList(levels), towers
+        self.placement, self.raw_inputs = placement, raw_inputs
 
     def expert_levels(self) -> list[Level]:
         return [module for module in self.levels if isinstance(module, Level)]
@@ -272,9 +269,8 @@ class Bottom(nn.Module):
         """
         super().__init__()
         self.dense = len(edges)
-        self.crosses = (
-            _CrossNetwork(inputs, settings.cross_layers, settings.cross_rank) if settings.cross_layers else None
-        )
+        layers, rank = settings.cross_layers, settings.cross_rank
+        self.crosses = _CrossNetwork(inputs, layers, rank) if layers else None
         piecewise_linear = settings.piecewise and any(len(boundaries) > 1 for boundaries in edges)
         self.piecewise_linear = PiecewiseLinear(edges) if piecewise_linear else None
         width = inputs + (len(self.piecewise_linear.column) if self.piecewise_linear else 0)

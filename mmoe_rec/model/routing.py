@@ -187,9 +187,6 @@ def z_loss(routing: Routing, row_weights: Tensor) -> Tensor:
     return torch.tensordot(row_weights, routing.logits.logsumexp(-1).square().mean(1), dims=1)
 
 
-# Routing rules.
-
-
 class Soft(RoutingRule):
     """Softmax over all experts (Jacobs et al., 1991), with one gate per task (Ma et al., KDD 2018)."""
 
@@ -236,9 +233,8 @@ class ExpertChoice(RoutingRule):
         max_rows = rows if probabilities.is_cuda else min(rows, int(capacities.max()))
         preferred_rows = probabilities.topk(max_rows, dim=0).indices  # (max_rows, G, E)
         taken = torch.arange(max_rows, device=probabilities.device)[:, None, None] < capacities
-        chosen = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(
-            0, preferred_rows, taken.expand_as(preferred_rows)
-        )
+        chosen = torch.zeros_like(probabilities, dtype=torch.bool)
+        chosen.scatter_(0, preferred_rows, taken.expand_as(preferred_rows))
         return chosen & (probabilities > 0)
 
 

@@ -69,9 +69,8 @@ class PlainTables(nn.Module):
         self.embedding_bags = nn.ModuleDict()
         for table in used_tables(layout):
             weight = initial_rows(table, seed, 0, table.rows)
-            self.embedding_bags[table.name] = nn.EmbeddingBag.from_pretrained(
-                weight, freeze=False, mode="mean", include_last_offset=True
-            )
+            bag = nn.EmbeddingBag.from_pretrained(weight, freeze=False, mode="mean", include_last_offset=True)
+            self.embedding_bags[table.name] = bag
         self.table_of = {column.name: column.table for column in layout.ids}
         self._attended = {name for history in layout.attention for name, _ in layout.history_inputs(history)}
 
@@ -142,11 +141,9 @@ def mean_embeddings(
     """
     if isinstance(embeddings, dict):
         return embeddings
-    names, widths, pooled = (
-        embeddings
-        if isinstance(embeddings, tuple)
-        else (embeddings.keys(), embeddings.length_per_key(), embeddings.values())
-    )
+    if not isinstance(embeddings, tuple):
+        embeddings = embeddings.keys(), embeddings.length_per_key(), embeddings.values()
+    names, widths, pooled = embeddings
     # Split once, so that the gradient is one tensor. Picking inputs one by one gives a full-width gradient for each.
     parts = pooled.split(widths, dim=1)
     sums = {name: from_padded(part, dims[name]) for name, part in zip(names, parts, strict=True)}
@@ -170,11 +167,9 @@ def pool_histories(
         histories: Maximum length and inputs of each history. The mean gets the name of the first input.
         rows: Any tensor with B rows. Only the number of rows is read.
     """
-    means, vectors, first = dict(embeddings), list[Tensor](), 0
-    for (length, names), size in zip(histories, events.sizes, strict=True):
-        row, position, later = (
-            values[first : first + size] for values in (events.rows, events.positions, events.later)
-        )
+    means, vectors = dict(embeddings), list[Tensor]()
+    columns = (values.split(events.sizes) for values in (events.rows, events.positions, events.later))
+    for (length, names), row, position, later in zip(histories, *columns, strict=True):
         parts = []
         for name in names:
             embedding = embeddings.get(name)
@@ -185,7 +180,6 @@ def pool_histories(
         weighted = parts[0] / (position + later + 1)[:, None]
         means[names[0]] = weighted.new_zeros(len(rows), weighted.shape[1]).index_add(0, row, weighted)
         vectors.append(torch.cat(parts, dim=1))
-        first += size
     return means, replace(events, vectors=tuple(vectors))
 
 

@@ -265,8 +265,8 @@ class Forest:
         # Leaf l of tree t gets the number ~(l x number of trees + t). Leaves with the same index l are then adjacent.
         tree_of_split, count = np.arange(len(trees)).repeat(sizes), len(trees)
         left, right = (
-            np.where(ensemble >= 0, ensemble + firsts[tree_of_split], ~(~ensemble * count + tree_of_split))
-            for ensemble in (np.concatenate([getattr(tree, side) for tree in trees]) for side in ("left", "right"))
+            np.where(child >= 0, child + firsts[tree_of_split], ~(~child * count + tree_of_split))
+            for child in (np.concatenate([getattr(tree, side) for tree in trees]) for side in ("left", "right"))
         )
         leaves = np.full(self._values.size, -1)
         nodes, first = np.where(np.array(sizes) > 0, firsts[:-1], ~np.arange(count)), 0
