@@ -108,7 +108,7 @@ def make_report(results: Results) -> Report:
     slices = [_slice_cells(record) for record in sort_worst_first(results.slices)]
     heads = ("slice", "of", "metric", "minus", "rows", "value", "difference")
     if slices:
-        tables.append(Table("Slices", heads, slices[:_SLICES], left=4, more=slices[_SLICES:], page_only=True))
+        tables.append(Table("Slices", heads, slices[:_SLICES], text_columns=4, folded=slices[_SLICES:], page_only=True))
     units = "rows" if results.one_row_per_user else "users"
     intervals = (
         f"95%, from a bootstrap over {units}. Fractions, such as AUC, use Jeffreys' intervals. Other metrics use "
@@ -161,7 +161,7 @@ def metrics_table(summaries: Mapping[str, Summary]) -> Table:
             main, CATALOG, ((metric, [Interval(catalog.get(metric.name)) for catalog in catalogs]) for metric in shown)
         )
     units = "rows" if all(row.one_row_per_user for row in models) else "users"
-    return Table("Metrics", ("", *summaries), main, f"± half the 95% interval, bootstrap over {units}", more=more)
+    return Table("Metrics", ("", *summaries), main, f"± half the 95% interval, bootstrap over {units}", folded=more)
 
 
 def _heading(group: str, counts: Mapping[str, int]) -> str:

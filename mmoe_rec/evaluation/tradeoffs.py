@@ -86,7 +86,7 @@ def choose_weights(
     return Report(
         title=f"Weights of the tasks: {settings.name}",
         headline=headline,
-        tables=[Table(title, heads, main, more=more)],
+        tables=[Table(title, heads, main, folded=more)],
         sentences=list(map(Sentence, sentences)),
     )
 

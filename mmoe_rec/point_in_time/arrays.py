@@ -1,4 +1,4 @@
-"""Helpers for columns of tables, and lists of different lengths."""
+"""Helpers for Arrow arrays and tables, and for lists of different lengths."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import pyarrow as pa
 
 
 def one_array(column: pa.ChunkedArray) -> pa.Array:
-    """Return a `column` as one array, without the copy that pyarrow makes of a single chunk."""
+    """Return a `column` as one array. Unlike pyarrow's `combine_chunks`, don't copy a single chunk."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
@@ -38,7 +38,7 @@ def rebatch(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
 
 
 def fill_nulls(array: pa.Array, value: object) -> pa.Array:
-    """Replace nulls, without the copy that pyarrow makes of an array without nulls.
+    """Replace nulls. Unlike pyarrow's `fill_null`, don't copy an array without nulls.
 
     Args:
         array: Array of any type.
@@ -65,11 +65,11 @@ class Ragged:
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths, dtype=np.int64)])
 
     def slice(self, start: int, stop: int) -> "Ragged":
-        """Return a range of rows as views.
+        """Return the lists of consecutive rows, without copying the ids.
 
         Args:
             start: First row.
-            stop: End of the range (exclusive, at most N).
+            stop: End of the rows (exclusive, at most N).
         """
         return Ragged(self.values[self.offsets[start] : self.offsets[stop]], self.lengths[start:stop])
 
@@ -80,7 +80,7 @@ class Ragged:
 
 
 def concat_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Concatenate N ranges of integers.
+    """Concatenate N ranges of integers, such as 3 to 5 and 8 to 9 into [3, 4, 5, 8, 9].
 
     Args:
         starts: (N,) first integer of each range.
@@ -101,10 +101,10 @@ def concat_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class DedupedRagged:
-    """Lists of ids, one list per row, stored once for all rows with the same list.
+    """Lists of ids, one list per row. Rows can share a stored list.
 
     Attributes:
-        lists: Distinct lists.
+        lists: Stored lists.
         inverse: (N,) int64 index of the list of each row.
     """
 
@@ -112,7 +112,7 @@ class DedupedRagged:
     inverse: np.ndarray
 
     def take(self, rows: np.ndarray | slice) -> "DedupedRagged":
-        """Return the lists of some `rows`."""
+        """Return the lists of `rows`, which are indices or a slice."""
         return DedupedRagged(self.lists, self.inverse[rows])
 
     def expand(self) -> Ragged:

@@ -1,13 +1,10 @@
 """Events per key, ordered by the time at which they became available, and lookups of these events.
 
-Counters and histories use this join. If a row is requested at time r and its label matures after m, the label becomes
-available at max(r + 1 microsecond, r + m). A request at time t sees events that were available at t or before. So a
-request sees rows of strictly earlier requests whose label had matured, but never its own rows or later rows.
+Counters and histories use this join. A row's label becomes available when it matures, and at least 1 microsecond after
+the row's request. A lookup at time t finds only events that were available at t. A request therefore never sees the
+labels of its own rows or of later requests.
 
-An event store contains events. It converts them to columns and back, drops events that later requests can't see
-(`compacted`), and adds further events (`extended`). So the store of one day and the events of the next day give the
-store of the next day, and events that don't fit into memory are added in chunks of time. Processes can share a store.
-Events that a server ingests form levels beside the store (log-structured merge trees, O'Neil et al., 1996).
+An `EventStore` holds the events of one counter or history. Events can be added later, also by a running server.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +16,7 @@ from typing import Self, TypeVar
 
 import numpy as np
 
-# Interval start <= time < end in microseconds since 1970 UTC. None leaves an end open.
+# Start (inclusive) and end (exclusive), in microseconds since 1970 UTC. None means no limit.
 Window = tuple[int | None, int | None]
 
 
@@ -50,14 +47,14 @@ def in_any_window(times: np.ndarray, windows: Iterable[Window]) -> np.ndarray:
 
 
 def find_keys(keys: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the queries that are keys.
+    """Search sorted keys for queries.
 
     Args:
         keys: (G,) distinct ascending uint64 keys.
         queries: (N,) uint64 queries.
 
     Returns:
-        Ascending indices of the K queries with a key, and the index of each of these keys, both (K,) int64.
+        Ascending indices of the K queries that are keys, and their indices in `keys`, both (K,) int64.
     """
     if not len(keys):
         return np.empty(0, np.int64), np.empty(0, np.int64)
@@ -66,24 +63,24 @@ def find_keys(keys: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.nda
     return hits, positions[hits]
 
 
+@dataclass(frozen=True, eq=False)
 class SortedEvents:
-    """E events sorted by key and `available_at`. The events of a key form a group."""
+    """E events sorted by key, then by time. The events with the same key form a group.
 
-    def __init__(self, key: np.ndarray, available_at: np.ndarray) -> None:
-        """Wrap sorted events.
+    Attributes:
+        key: (E,) uint64 keys.
+        available_at: (E,) int64 microseconds at which the events become available.
+    """
 
-        Args:
-            key: (E,) uint64 keys.
-            available_at: (E,) int64 microseconds at which the events become available.
-        """
-        self.key, self.available_at = key, available_at
+    key: np.ndarray
+    available_at: np.ndarray
 
     def __len__(self) -> int:
         return len(self.key)
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """Index of the first event of each of G groups, then E, shape (G + 1,), int64."""
+        """Index of the first event of each of the G groups, then the number of events, shape (G + 1,), int64."""
         return np.append(np.flatnonzero(self._starts_group), len(self.key)).astype(np.int64)
 
     @cached_property
@@ -94,7 +91,7 @@ class SortedEvents:
     @cached_property
     def group_ids(self) -> np.ndarray:
         """Group of each event, shape (E,), int64."""
-        # `np.repeat` would block other threads.
+        # `np.repeat` would hold the interpreter lock and block other threads.
         return np.cumsum(self._starts_group) - 1
 
     @cached_property
@@ -102,7 +99,7 @@ class SortedEvents:
         return np.append(True, self.key[1:] != self.key[:-1])[: len(self.key)]
 
     def take(self, kept: np.ndarray) -> "SortedEvents":
-        """Return the events at (K,) ascending indices, or where the (E,) bool mask `kept` is true."""
+        """Return the events that `kept` selects, either by ascending indices or by a bool mask of shape (E,)."""
         return SortedEvents(self.key[kept], self.available_at[kept])
 
 
@@ -113,7 +110,7 @@ class Lookups:
     Attributes:
         key: (D,) uint64 keys.
         time: (D,) int64 microseconds.
-        inverse: (N,) int64 index of the lookup of each row.
+        inverse: (N,) int64 index of each row's lookup.
         is_sorted: Whether the lookups are distinct and sorted.
     """
 
@@ -176,40 +173,28 @@ class Lookups:
         return replace(self, time=np.maximum(self.time, min_time))
 
 
+@dataclass(frozen=True, eq=False)
 class SearchJoin:
-    """A join that searches events for each lookup, by key and then by time.
+    """A join of E events with D lookups by binary search. It is fast for few lookups, such as those of a request."""
 
-    It suits the few lookups of a request, because it computes nothing for all events.
-    """
-
-    def __init__(self, events: SortedEvents, lookups: Lookups) -> None:
-        """Join events with lookups.
-
-        Args:
-            events: E events.
-            lookups: D lookups.
-        """
-        self.events, self.lookups = events, lookups
+    events: SortedEvents
+    lookups: Lookups
 
     @cached_property
     def _groups(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ascending indices of the K lookups whose keys have events, and the groups of the events, both (K,) int64."""
+        """Ascending indices of the lookups whose keys have events, and the groups of these keys."""
         return find_keys(self.events.unique_keys, self.lookups.key)
 
     @cached_property
     def first(self) -> np.ndarray:
-        """Index of the first event of each lookup's key, or E without events, shape (D,), int64."""
+        """Index of the first event with each lookup's key, the number of events if there is none, shape (D,), int64."""
         first = np.full(len(self.lookups), len(self.events))
         rows, group = self._groups
         first[rows] = self.events.starts[group]
         return first
 
     def last(self, lag_us: int = 0) -> np.ndarray:
-        """Return the last event of each lookup's key that was available `lag_us` microseconds before the lookup.
-
-        Returns:
-            (D,) int64 indices of events, -1 without such an event.
-        """
+        """Return the index of the last event that was available `lag_us` microseconds before each lookup, or -1."""
         last = np.full(len(self.lookups), -1, np.int64)
         rows, group = self._groups
         if len(rows):
@@ -217,21 +202,35 @@ class SearchJoin:
         return last
 
     def _last(self, group: np.ndarray, times: np.ndarray) -> np.ndarray:
-        starts = self.events.starts
-        return last_available(self.events.available_at, starts[group], starts[group + 1], times)
+        """Return the index of the last event of each group that was available at a time, or -1."""
+        available_at, first = self.events.available_at, self.events.starts[group]
+        last = self.events.starts[group + 1] - 1
+        # Most requests are later than all events of their keys, so only the remaining requests need a search.
+        active = (available_at.take(last) > times).nonzero()[0]
+        low, high, limit, earliest = first[active], last[active], times[active], first[active]
+        last[active] = -1
+        while len(active):
+            middle = (low + high) >> 1
+            is_available = available_at[middle] <= limit
+            low, high = np.where(is_available, middle + 1, low), np.where(is_available, high, middle)
+            last[active] = np.where(low > earliest, low - 1, -1)
+            left = (low < high).nonzero()[0]
+            active, low, high, limit, earliest = (array[left] for array in (active, low, high, limit, earliest))
+        return last
 
 
 class MergeJoin(SearchJoin):
-    """A join that merges events with the sorted lookups of a log, as integers that ascend by key and then time."""
+    """A join that sorts events and lookups together. It is fast for many sorted lookups, such as those of a log."""
 
     @cached_property
     def _span(self) -> tuple[int, int]:
-        """Time just before all events, and the number of microseconds up to the last event."""
+        """A time just before all events, and the number of microseconds from there to the last event, inclusive."""
         first, last = int(self.events.available_at.min()), int(self.events.available_at.max())
         return first - 1, last - first + 2
 
     @cached_property
     def _event_ranks(self) -> np.ndarray:
+        """One integer for each event. The integers ascend by key, then by time."""
         origin, span = self._span
         return self.events.available_at - origin + self.events.group_ids * span
 
@@ -247,35 +246,8 @@ class MergeJoin(SearchJoin):
         return before * (before > self.events.starts[group]) - 1
 
 
-def last_available(available_at: np.ndarray, first: np.ndarray, end: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Find the last event in each of K ranges that was available at a time, by binary search.
-
-    Args:
-        available_at: (E,) int64 microseconds, ascending within a range.
-        first: (K,) int64 first event of each range.
-        end: (K,) int64 end of each range (exclusive). A range has at least one event.
-        times: (K,) int64 microseconds.
-
-    Returns:
-        (K,) int64 indices of events, -1 without such an event.
-    """
-    last = end - 1
-    # Most requests are later than all events of their keys, so only the remaining requests need a search.
-    active = (available_at.take(last) > times).nonzero()[0]
-    low, high, limit, earliest = first[active], last[active], times[active], first[active]
-    last[active] = -1
-    while len(active):
-        middle = (low + high) >> 1
-        is_available = available_at[middle] <= limit
-        low, high = np.where(is_available, middle + 1, low), np.where(is_available, high, middle)
-        last[active] = np.where(low > earliest, low - 1, -1)
-        left = (low < high).nonzero()[0]
-        active, low, high, limit, earliest = (array[left] for array in (active, low, high, limit, earliest))
-    return last
-
-
 def availability_times(times: np.ndarray, label_delay_us: int) -> np.ndarray:
-    """Return the (N,) int64 microseconds at which labels of rows become available.
+    """Return the times at which labels of rows become available, shape (N,), int64 microseconds.
 
     Args:
         times: (N,) int64 request times in microseconds.
@@ -284,20 +256,20 @@ def availability_times(times: np.ndarray, label_delay_us: int) -> np.ndarray:
     return times + max(1, label_delay_us)
 
 
-# With more events per lookup than this, searching is faster than merging all events.
+# With more events per lookup than this number, a search is faster than a merge.
 _EVENTS_PER_SEARCH = 16
 NEVER = np.iinfo(np.int64).min
 
 
 @dataclass(eq=False)
 class EventStore(ABC):
-    """Events per key.
+    """Events of a counter or history.
 
     Attributes:
         events: Sorted events.
         compacted_at: Time of the last compaction in microseconds, None without compaction. Compaction drops earlier
             states, so a lookup at an earlier time returns the results at `compacted_at`.
-        levels: Stores of events that arrived later, largest first.
+        levels: Stores of events that a server added later, largest first (see `add_level`).
     """
 
     events: SortedEvents
@@ -308,7 +280,7 @@ class EventStore(ABC):
         return len(self.events)
 
     def join(self, lookups: Lookups) -> SearchJoin:
-        """Join the events with `lookups` by search or merge, whichever is faster."""
+        """Join the events with `lookups` by the faster kind of join."""
         few = len(lookups) * _EVENTS_PER_SEARCH < len(self.events)
         return SearchJoin(self.events, lookups) if few or not lookups.is_sorted else MergeJoin(self.events, lookups)
 
@@ -322,18 +294,18 @@ class EventStore(ABC):
 
     @abstractmethod
     def merged(self, store: Self) -> Self:
-        """Return a store with the events of both stores and the `compacted_at` of the current store."""
+        """Return a store with the events of both stores and the `compacted_at` of this store."""
 
     @abstractmethod
     def to_columns(self) -> dict[str, np.ndarray]:
-        """Return the sorted events as columns, with key (uint64), available_at (int64) and columns of the kind."""
+        """Return the sorted events as columns: key (uint64), available_at (int64) and columns of the subclass."""
 
     @abstractmethod
     def with_columns(self, columns: Mapping[str, np.ndarray], compacted_at: int | None) -> Self:
-        """Return a store of the same kind with other events.
+        """Return a store with the same options and other events.
 
         Args:
-            columns: Columns that `to_columns` returned.
+            columns: Columns of the events, as from `to_columns`.
             compacted_at: Time of the last compaction in microseconds, None without compaction.
         """
 
@@ -342,15 +314,12 @@ class EventStore(ABC):
 
 
 def take_or_default(values: np.ndarray, index: np.ndarray, default: int) -> np.ndarray:
-    """Return values by index, without copying all values for the few lookups of a request.
+    """Return `values[index]` with a default for index -1, shape (N,).
 
     Args:
         values: (E,) values.
-        index: (N,) indices, -1 for the default.
+        index: (N,) indices.
         default: Value for index -1.
-
-    Returns:
-        (N,) values.
     """
     if not len(values):
         return np.full(len(index), default, values.dtype)
@@ -358,7 +327,7 @@ def take_or_default(values: np.ndarray, index: np.ndarray, default: int) -> np.n
     if default:
         taken[index < 0] = default
     else:
-        # A product avoids branch mispredictions.
+        # A product avoids the branch mispredictions of a masked assignment.
         taken *= index >= 0
     return taken
 

@@ -1,10 +1,8 @@
 """The steps `count` and `encode` of a feature build. Their tasks read parts of the log.
 
-The step `count` counts IDs, builds histograms of numbers, and finds first and last times and latest attributes. These
-results are small and can be merged in any order. The step also prepares the next step, which computes counters and
-histories: it writes events and lookups to files, divided into partitions by the hash of their key.
-
-The step `encode` comes last. It encodes the rows of each split into Parquet files for training and evaluation.
+The step `count` counts IDs, numbers and rows, and finds the latest attributes. These results are small and can be
+merged in any order. The step also writes the inputs of the step `look up`: events and lookups, divided by key. The step
+`encode` comes last. It writes the encoded rows of each split to Parquet files.
 """
 
 from collections import Counter, defaultdict
@@ -50,9 +48,9 @@ class CountJob:
     Attributes:
         schema: Schema of the logs.
         windows: Request times [start, end) of each split, in microseconds.
-        exchange: Files through which the tasks pass events and lookups to the next step.
+        exchange: Files with the events and lookups for the next step.
         statistics: Whether to count vocabularies and statistics.
-        duplicates: Whether to pass on a hash of each row's request and candidate, to find repeated rows.
+        duplicates: Whether to write a hash of each row's request and candidate, to find repeated rows.
     """
 
     schema: Schema
@@ -64,18 +62,18 @@ class CountJob:
 
 @dataclass
 class LogCounts:
-    """Counts of parts of the log. Parts are merged in any order.
+    """Counts of a log or of a part of it.
 
     Attributes:
         counts: Counts of each feature, as in `FeaturePipeline`.
-        key_types: Types of the keys, as in `FeaturePipeline`.
+        key_types: Types of the key columns, as in `FeaturePipeline`.
         first: First request time, in microseconds.
         last: Last request time, in microseconds.
         rows: Number of rows by split.
-        rows_by_log: Number of rows by event log. The key None stands for the interaction log.
+        rows_by_log: Number of rows by name of an event log, or None for the interaction log.
         latest: Latest attributes of users and candidates by role.
-        sent: Number of rows sent to each partition by channel, shape (partitions,), int64.
-        spans: First and last time of a file's rows in microseconds, by (event log or None, URI).
+        sent: Number of rows for each partition, shape (partitions,), int64, by channel of the exchange.
+        spans: First and last time of a file's rows, in microseconds, by (event log or None, URI).
     """
 
     counts: dict[str, Any] = field(default_factory=dict)
@@ -129,14 +127,11 @@ class LogCounts:
 
 
 def check_time_units(log: Log, counted: LogCounts) -> None:
-    """Raise if some times are in 1970 and others are not. Integer times then have different units.
+    """Raise UserError if some times are in 1970 and others decades later, because their units must differ.
 
     Args:
         log: Interaction log.
         counted: Counts of the log.
-
-    Raises:
-        UserError: The times have different units.
     """
     if counted.first < _YEAR and counted.last > 20 * _YEAR:
         raise UserError(
@@ -146,12 +141,12 @@ def check_time_units(log: Log, counted: LogCounts) -> None:
 
 
 def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tuple[str | None, LogPart]) -> LogCounts:
-    """Count a part of a log, and send its events and lookups to their partitions.
+    """Count a part of a log, and send events and lookups to the partitions of their keys.
 
     Args:
         job: Arguments of all tasks.
-        readers: Readers of the logs, by event log. The key None stands for the interaction log.
-        task: Key of the log and the part.
+        readers: Readers by name of an event log, or None for the interaction log.
+        task: Name of the event log or None, and part of this log.
     """
     source, part = task
     pipeline, counted, spans = FeaturePipeline(job.schema), LogCounts(), dict[str, tuple[int, int]]()
@@ -179,10 +174,7 @@ def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tup
 
 
 class _Sender:
-    """Sender that passes the events and lookups of one part of a log to the next step.
-
-    `source` is the name of the event log, None for the interaction log.
-    """
+    """Sender of the events and lookups of one part of an event log (`source`) or of the interaction log (None)."""
 
     def __init__(self, job: CountJob, part: LogPart, source: str | None) -> None:
         self.job, self.part, self.source = job, part, source
@@ -192,19 +184,14 @@ class _Sender:
         self._turn = 0
 
     def add(self, pipeline: FeaturePipeline, rows: LogRows) -> None:
-        """Add the events and lookups of rows.
-
-        Args:
-            pipeline: Pipeline with the encoders of counters and histories.
-            rows: Rows of the part.
-        """
+        """Collect the events and lookups of rows for all counters and histories of the pipeline."""
         if self.source is None:
             self._add_lookups(pipeline, rows)
         for name, encoder in pipeline.point_in_time_encoders.items():
             if encoder.source == self.source and encoder.label is None:
                 self._waiting[events_channel(name)].append(encoder.events(rows))
         self._rows += len(rows)
-        # Limit the rows in memory. A part can have more than ROWS_PER_PART rows, because row groups are never divided.
+        # Limit the rows in memory: a part has more than ROWS_PER_PART rows if a row group of the file is larger.
         if self._rows >= ROWS_PER_PART:
             self.flush()
 
@@ -216,12 +203,12 @@ class _Sender:
         task_labels: dict[str, np.ndarray] = {}
         for name, group in pipeline.key_groups.items():
             lookups = {"key": rows.hashes(group[0].key_columns), "time": times, "row": number}
-            labelled = {encoder.label: encoder for encoder in group if encoder.label is not None}
-            for task, encoder in labelled.items():
+            labeled = {encoder.label: encoder for encoder in group if encoder.label is not None}
+            for task, encoder in labeled.items():
                 if task not in task_labels:
                     task_labels[task] = encoder.labels(rows)
                 lookups[label_column(task)] = task_labels[task]
-            if not labelled and len(wanted) < len(rows):
+            if not labeled and len(wanted) < len(rows):
                 lookups = {column: values[wanted] for column, values in lookups.items()}
             self._waiting[lookups_channel(name)].append(pa.table(lookups))
 
@@ -242,7 +229,7 @@ ROWS_PER_GROUP = 32_768
 
 @dataclass
 class SplitCounts:
-    """Counts of a split's rows and labels. All dictionaries have one value for each task.
+    """Counts of a split's rows and labels. The dictionaries have one value for each task.
 
     Attributes:
         rows: Number of rows.
@@ -252,8 +239,8 @@ class SplitCounts:
         row_weighted_sum: Sum of the observed labels times weight.
         weight: Sum of weight / sampling rate of rows with an observed label.
         weighted_sum: Sum of the observed labels times weight / sampling rate.
-        pending_labels: Number of labels that were not final at `label_cutoff` and therefore don't count.
-        label_cutoff: Time in microseconds.
+        pending_labels: Number of labels that were not final at `label_cutoff`.
+        label_cutoff: Time in microseconds. Only labels that were final at this time count.
     """
 
     rows: int = 0
@@ -281,7 +268,7 @@ class SplitCounts:
             observed = ~np.isnan(task_labels)
             values, row_weights = task_labels[observed], weight[observed]
             weights = row_weights / rates[observed]
-            # Don't use `@`: after a product, the threads of BLAS keep the cores busy for a while.
+            # Don't use `@`, because the threads of BLAS keep the cores busy for a while after a product.
             self.merge(
                 SplitCounts(
                     observed={task: len(values)},
@@ -297,18 +284,10 @@ class SplitCounts:
     def merge(self, other: "SplitCounts") -> None:
         """Add other counts of the same split."""
         self.rows += other.rows
-        for name in (
-            "observed",
-            "label_sum",
-            "row_weight",
-            "row_weighted_sum",
-            "weight",
-            "weighted_sum",
-            "pending_labels",
-        ):
-            totals = getattr(self, name)
-            for task, count in getattr(other, name).items():
-                totals[task] = totals.get(task, 0) + count
+        for name, totals in vars(self).items():
+            if isinstance(totals, dict):
+                for task, count in getattr(other, name).items():
+                    totals[task] = totals.get(task, 0) + count
 
 
 def encode_part(
@@ -320,12 +299,12 @@ def encode_part(
     reader: LogReader,
     task: tuple[int, LogPart],
 ) -> dict[str, SplitCounts]:
-    """Encode a part of the log to `encoded`/SPLIT/part-NUMBER.parquet, one file for each split.
+    """Encode a part of the log to the files `encoded`/SPLIT/part-NUMBER.parquet.
 
     Args:
         pipeline_dir: Folder of the fitted pipeline.
         windows: Request times [start, end) of each split, in microseconds.
-        label_cutoff: Time for each split, in microseconds. Labels that are not final at this time are unobserved.
+        label_cutoff: Time in microseconds, by split. Labels that were not final at this time are unobserved.
         exchange: Results of counters and histories.
         encoded: Folder for the encoded rows.
         reader: Reader of the interaction log.
@@ -348,8 +327,8 @@ def encode_part(
                 assert required <= inside_results.keys(), "missing results would be looked up in empty event stores"
                 inside = LogRows(inside.table, rows.schema, inside_results)
                 labels, late = compute_labels(inside, label_cutoff[name]), pending_labels(inside, label_cutoff[name])
-                weights, rates = numbers_or_ones(inside, columns.weight), numbers_or_ones(inside, columns.sampling_rate)
-                counts[name].add(labels, weights, rates, late)
+                weights = _numbers_or_ones(inside, columns.weight)
+                counts[name].add(labels, weights, _numbers_or_ones(inside, columns.sampling_rate), late)
                 writers[name].write(encode_rows(pipeline, pipeline.layout, inside, labels))
     for writer in writers.values():
         writer.close()
@@ -377,32 +356,21 @@ def encode_rows(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labels
     names = rows.schema.columns
     columns["user"], columns["candidate"] = rows.column(names.user), rows.column(names.candidate)
     columns["request"], columns["time"] = rows.requests(), rows.column(names.time)
-    columns["sampling_rate"] = pa.array(numbers_or_ones(rows, names.sampling_rate).astype(np.float32))
+    columns["sampling_rate"] = pa.array(_numbers_or_ones(rows, names.sampling_rate).astype(np.float32))
     if names.weight is not None:
         columns["weight"] = pa.array(rows.numbers(names.weight))
-    # Columns that are declared without nulls are written and read faster.
+    # Parquet columns that are declared without nulls are written and read faster.
     fields = [pa.field(name, column.type, nullable=name not in inputs) for name, column in columns.items()]
     return pa.table(list(columns.values()), schema=pa.schema(fields))
 
 
-def numbers_or_ones(rows: LogRows, name: str | None) -> np.ndarray:
-    """Return a column of sampling rates or weights, or ones if the log has no such column.
-
-    Args:
-        rows: N rows of the log.
-        name: Name of the column, if there is one.
-
-    Returns:
-        Numbers, shape (N,), float64.
-    """
+def _numbers_or_ones(rows: LogRows, name: str | None) -> np.ndarray:
+    """Return a column of sampling rates or weights, or ones if the settings name no column."""
     return np.ones(len(rows)) if name is None else rows.numbers(name)
 
 
 class _SplitWriter:
-    """Writer of a Parquet file with row groups of equal size. Only the last group may be smaller.
-
-    If no rows are written, no file is created.
-    """
+    """Writer of a Parquet file with row groups of equal size. Without rows, it creates no file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

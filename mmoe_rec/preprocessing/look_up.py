@@ -1,20 +1,11 @@
 """The step `look up` of a feature build: compute counters and histories for the time of each row.
 
-The keys are divided into partitions. A partition has all events and lookups of its keys, so tasks can process
-partitions independently. If most rows of a log have the same key, their partition may not fit into memory. It is then
-divided by time into chunks, and rows of the same time stay together. For this, the partition is read twice: to sample
-its times, and to write the chunks.
+The keys are divided into partitions. A task gets all events and lookups of its partition's keys, so tasks are
+independent. If a partition doesn't fit into memory, the task divides it by time and processes the pieces in order. Rows
+of the same time stay together. Each piece gets the event stores of the piece before it.
 
-An event store is passed from each chunk to the next. It has the events that later requests can look up, and labels
-that only become available later. Other events are removed ("compacted").
-
-Tasks exchange rows through files (`Exchange`). A sender writes an Arrow IPC file, which has record batches for every
-receiver. A receiver reads its batches from the files of all senders. Thus the rows never have to fit into memory, and
-workers share only a folder.
-
-Results go back to the rows in the same way. The receivers are blocks of consecutive rows, and each group of features
-sends one table to a block. Consecutive rows often share a list, as candidates of a request share their user's history.
-Such a list is sent once, and null stands for the previous list.
+Tasks exchange rows through files (`Exchange`), so rows never have to fit into memory, and workers share only a folder.
+`ResultExchange` returns the results to the rows in the same way.
 """
 
 import os
@@ -38,8 +29,8 @@ from mmoe_rec.features.pipeline import FeaturePipeline, read_event_store, write_
 from mmoe_rec.point_in_time.arrays import DedupedRagged, Ragged, concat_tables, one_array, rebatch
 from mmoe_rec.point_in_time.join import EventStore, Lookups, Window, in_any_window, in_window
 
-Sender = tuple[int, int]
-ROW_KEYS_CHANNEL = "duplicates"  # Channel of the hashes of each row's request and candidate.
+Sender = tuple[int, int]  # Number of a task, and number of the file among the files of the task.
+ROW_KEYS_CHANNEL = "duplicates"  # Channel of hashes of request and candidate, which find repeated rows.
 
 
 def events_channel(feature: str) -> str:
@@ -53,31 +44,24 @@ def lookups_channel(group: str) -> str:
 
 
 def label_column(task: str) -> str:
-    """Return the name of the column with a task's labels in a table of lookups.
-
-    Because of this label, the row is not only a lookup but also an event for later rows.
-    """
+    """Return the name of the column with a task's labels in a table of lookups. A label makes the row an event too."""
     return f"label.{task}"
 
 
+@dataclass(frozen=True)
 class Exchange:
-    """Folder of files `CHANNEL/SENDER.arrow` through which senders pass rows to receivers.
+    """Folder of files `CHANNEL/SENDER.arrow`. Each file has the rows of one sender, in a record batch per receiver.
 
-    A sender is a pair of numbers: the number of a task, and the number of the file among the task's files.
+    Attributes:
+        folder: Folder of the files, which need not exist.
+        receivers: Number of receivers.
     """
 
-    def __init__(self, folder: Path, receivers: int) -> None:
-        """Set the folder, without creating it.
-
-        Args:
-            folder: Folder of the files.
-            receivers: Number of receivers.
-        """
-        self.folder = folder
-        self.receivers = receivers
+    folder: Path
+    receivers: int
 
     def send(self, channel: str, sender: Sender, table: pa.Table, receiver: np.ndarray) -> np.ndarray:
-        """Write rows to a new file for the receivers. A receiver gets its rows in the order of the table.
+        """Write rows to a new file. Each receiver gets rows in the order of the table.
 
         Args:
             channel: Name of the channel.
@@ -130,7 +114,7 @@ class Exchange:
         return table.take(order), np.bincount(receiver, minlength=self.receivers)
 
     def receive(self, channel: str, receiver: int) -> Iterator[pa.Table]:
-        """Yield the rows for a receiver in the order of senders.
+        """Yield the rows for a receiver in the order of the senders.
 
         Args:
             channel: Name of the channel.
@@ -138,7 +122,7 @@ class Exchange:
         """
         folder = self.folder / channel
         for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
-            # Don't memory-map the file. Mapped pages would count as memory of the process while a batch exists.
+            # Don't memory-map the file, because mapped pages count as memory of the process while a batch exists.
             with pa.OSFile(os.path.join(folder, name)) as file, pa.ipc.open_file(file) as reader:
                 for number in range(receiver, reader.num_record_batches, self.receivers):
                     batch = reader.get_batch(number)
@@ -151,7 +135,7 @@ class Exchange:
 
 
 def assign_partitions(keys: np.ndarray, partitions: int) -> np.ndarray:
-    """Assign keys to partitions. Each partition has a range of keys, and all ranges have the same width.
+    """Assign keys to partitions, which are equally wide ranges of keys.
 
     Args:
         keys: Hashes, shape (N,), uint64.
@@ -178,7 +162,7 @@ ROWS_PER_BLOCK = 131_072
 
 @dataclass(frozen=True)
 class ResultExchange:
-    """Exchange of results. Each receiver is a block of `ROWS_PER_BLOCK` consecutive rows of the log.
+    """Exchange of the results of lookups. The receivers are blocks of `ROWS_PER_BLOCK` consecutive rows of the log.
 
     Attributes:
         folder: Folder of the files.
@@ -194,10 +178,10 @@ class ResultExchange:
         return Exchange(self.folder, -(-self.rows // ROWS_PER_BLOCK))
 
     def send(self, group: str, sender: Sender, rows: np.ndarray, results: LookupResults) -> None:
-        """Send the results of a group of features.
+        """Send results of the features with the same key.
 
         Args:
-            group: Name of the group.
+            group: Name of this group of features, see `FeaturePipeline.key_groups`.
             sender: Numbers of the task and of the file.
             rows: Row numbers in ascending order, shape (N,).
             results: Results of the rows.
@@ -212,7 +196,7 @@ class ResultExchange:
         """Return the results of a block's rows. Rows without a result have an arbitrary value.
 
         Args:
-            groups: Names of the groups.
+            groups: Names of the groups of features.
             block: Number of the block.
         """
         results: dict[str, np.ndarray | DedupedRagged] = {}
@@ -223,6 +207,7 @@ class ResultExchange:
 
 
 def _lists(results: DedupedRagged, block: np.ndarray) -> pa.Array:
+    """Return a column of lists. Null means the list of the row before, as candidates of a request share histories."""
     inverse = results.inverse
     first = np.append(len(inverse) > 0, (inverse[1:] != inverse[:-1]) | (block[1:] != block[:-1]))
     lists = results.lists.take(inverse[first])
@@ -234,10 +219,10 @@ def _lists(results: DedupedRagged, block: np.ndarray) -> pa.Array:
 
 
 class ResultReader:
-    """Reader of the results of counters and histories for rows in order. It loads one block at a time."""
+    """Reader of the results of counters and histories, in ascending order of rows. It loads one block at a time."""
 
     def __init__(self, results: ResultExchange, groups: Sequence[str]) -> None:
-        """Start before the first block.
+        """Create a reader that has loaded no block.
 
         Args:
             results: Exchange of the results.
@@ -248,18 +233,18 @@ class ResultReader:
         self._loaded: LookupResults = {}
 
     def of(self, rows: np.ndarray) -> LookupResults:
-        """Return the results of `rows`, which are one or more row numbers in ascending order, shape (N,), int64."""
+        """Return the results of one or more row numbers in ascending order, shape (N,), int64."""
         block, offset = np.divmod(rows, ROWS_PER_BLOCK)
         parts = []
         for number in np.unique(block).tolist():
             if number != self._block:
                 self._block, self._loaded = number, self._results.receive(self._groups, number)
-            parts.append(take_rows(self._loaded, offset[block == number]))
-        return {name: concat_results([part[name] for part in parts]) for name in parts[0]}
+            parts.append(_take_rows(self._loaded, offset[block == number]))
+        return {name: _concat_results([part[name] for part in parts]) for name in parts[0]}
 
 
 def _by_row(tables: Sequence[pa.Table], start: int, rows: int) -> LookupResults:
-    """Return the results of a block of rows. `start` is the number of the first row."""
+    """Combine the tables of a block of `rows` rows. `start` is the number of the first row."""
     results: dict[str, np.ndarray | DedupedRagged] = {}
     offsets = [table["row"].to_numpy() - start for table in tables]
     for field in list(tables[0].schema)[1:] if tables else ():
@@ -283,20 +268,15 @@ def _deduped(column: pa.ListArray) -> DedupedRagged:
     return DedupedRagged(Ragged(column.flatten().to_numpy(), lengths), np.cumsum(first) - 1)
 
 
-def take_rows(results: LookupResults, rows: np.ndarray) -> LookupResults:
-    """Return the results of some rows.
-
-    Args:
-        results: Results of all rows.
-        rows: Indices of the wanted rows, shape (N,).
-    """
+def _take_rows(results: LookupResults, rows: np.ndarray) -> LookupResults:
+    """Return the results at the indices `rows`."""
     contiguous = len(rows) > 0 and bool((np.diff(rows) == 1).all())
     index = slice(int(rows[0]), int(rows[-1]) + 1) if contiguous else rows  # A slice avoids a copy.
     return {name: r.take(index) if isinstance(r, DedupedRagged) else r[index] for name, r in results.items()}
 
 
-def concat_results(parts: Sequence[np.ndarray | DedupedRagged]) -> np.ndarray | DedupedRagged:
-    """Concatenate a feature's results of several blocks of rows."""
+def _concat_results(parts: Sequence[np.ndarray | DedupedRagged]) -> np.ndarray | DedupedRagged:
+    """Concatenate the results of one feature."""
     if len(parts) == 1:
         return parts[0]
     lists = [part for part in parts if isinstance(part, DedupedRagged)]
@@ -304,7 +284,7 @@ def concat_results(parts: Sequence[np.ndarray | DedupedRagged]) -> np.ndarray | 
 
 
 EncoderGroup = Sequence[PointInTimeEncoder[Any]]
-_PIECES_FACTOR = 1.2  # Make more pieces than needed, since a piece may have more rows than the sampled times suggest.
+_PIECES_FACTOR = 1.2  # Make more pieces than needed, as some get more rows than sampling suggests.
 
 
 @dataclass(frozen=True)
@@ -312,10 +292,10 @@ class ReceivedRows:
     """Events and lookups of a partition, or of a piece of a partition that was divided by time.
 
     Attributes:
-        exchange: Files that the rows are read from.
-        number: Number of the partition or piece, which receives the rows.
-        group: Encoders of the counters and histories that look up by the key of the partition.
-        window: Times [start, end) of the piece, in microseconds. None for no limit.
+        exchange: Files with the rows.
+        number: Number of the partition or piece, which is the receiver of its rows.
+        group: Encoders of the counters and histories with the key of the partition, such as the user.
+        window: Times [start, end) of the piece, in microseconds. None means no limit.
     """
 
     exchange: Exchange
@@ -331,8 +311,8 @@ class ReceivedRows:
         """Divide the rows by time into pieces of about `rows_in_memory` rows, and yield the pieces in order.
 
         Args:
-            rows: Number of rows that are in memory at the same time: all lookups, and the events of one feature.
-            rows_in_memory: Wanted number of these rows in a piece.
+            rows: Number of lookups, plus the number of events of the feature with the most events.
+            rows_in_memory: Maximum number of rows that fit into memory.
             scratch: Folder for the pieces. They are removed when the iterator ends.
         """
         if rows <= rows_in_memory:
@@ -341,7 +321,7 @@ class ReceivedRows:
         times = {lookups_channel(self.group[0].name): "time"}
         times |= {events_channel(encoder.name): "available_at" for encoder in self.group if encoder.label is None}
         pieces = int(_PIECES_FACTOR * rows / rows_in_memory) + 1
-        step = 1 + pieces // 8  # Take many more samples than pieces, so that pieces have similar sizes.
+        step = 1 + pieces // 8  # Take several samples for each piece, so that pieces have similar sizes.
         samples = [table[time].to_numpy()[::step] for channel, time in times.items() for table in self.receive(channel)]
         sampled_times = np.sort(np.concatenate(samples))
         edges = np.unique(sampled_times[np.arange(1, pieces) * len(sampled_times) // pieces])
@@ -358,20 +338,20 @@ class ReceivedRows:
 
 
 class TimeChunk:
-    """The lookups of a partition, or of a piece of it, sorted by key and time. Labels of the rows become events.
+    """The rows of a partition or of a piece of it, sorted by key and time.
 
     Attributes:
-        lookups: Lookups of the N rows that lie in a split.
-        rows: Row numbers in ascending order, shape (N,), int64.
-        times: Times of the rows, in microseconds, shape (N,), int64.
-        end_time: Lower bound for the times of all later chunks, in microseconds. None for the last chunk.
+        lookups: Lookups for the N rows that lie in a split.
+        rows: Numbers of these rows in ascending order, shape (N,), int64.
+        times: Request times of these rows, in microseconds, shape (N,), int64.
+        end_time: Earliest possible time of later pieces, in microseconds. None for the last piece.
     """
 
     def __init__(self, received: ReceivedRows, splits: Sequence[Window]) -> None:
-        """Read and sort the lookups.
+        """Read and sort the rows.
 
         Args:
-            received: Rows of the chunk.
+            received: Events and lookups of the partition or piece.
             splits: Request times [start, end) of the splits, in microseconds.
         """
         self._received, self.end_time = received, received.window[1]
@@ -390,11 +370,11 @@ class TimeChunk:
         self.rows, self.times = columns["row"][wanted], time[wanted]
 
     def extended(self, encoder: PointInTimeEncoder[Any], store: Any) -> Any:
-        """Return an event store of the group with the chunk's events added.
+        """Return an event store with the events of the chunk added.
 
         Args:
-            encoder: Encoder of the counter or history.
-            store: Event store of the previous chunks.
+            encoder: Encoder of a counter or history.
+            store: Event store of the encoder, with the events of earlier chunks.
         """
         if encoder.label is None:
             tables = list(self._received.receive(events_channel(encoder.name)))
@@ -414,11 +394,11 @@ class LookupJob:
         previous: Folder with event stores to continue from. None starts with empty stores.
         windows: Request times [start, end) of the splits, in microseconds.
         training: Request times [start, end) of the rows whose results count for statistics. None counts no rows.
-        stores: Folder for the event stores. They keep only events that requests at `end` or later can look up.
-        end: Time in microseconds.
+        stores: Folder for the event stores.
+        end: Time in microseconds. The stores keep only events that requests from this time on can look up.
         events: Exchange of events and lookups.
         results: Exchange of results.
-        rows_in_memory: Number of rows that a task may hold in memory. Larger partitions are divided by time.
+        rows_in_memory: Maximum number of rows in memory. Larger partitions are divided by time.
         scratch: Folder for the pieces of divided partitions.
     """
 
@@ -439,9 +419,9 @@ class KeyPartition:
     """A partition of the keys of a group of features.
 
     Attributes:
-        group: Name of the group of counters and histories with the same key.
+        group: Name of the group, see `FeaturePipeline.key_groups`.
         number: Number of the partition.
-        rows: Number of rows that are in memory at the same time, unless the partition is divided.
+        rows: Number of rows to hold in memory at the same time, if the partition is not divided.
     """
 
     group: str
@@ -457,7 +437,7 @@ def look_up_partition(job: LookupJob, partition: KeyPartition) -> dict[str, dict
         partition: Partition of the keys.
 
     Returns:
-        Histograms by feature and result.
+        Histograms of the results in `job.training`, by feature and name of the result.
     """
     group = load_pipeline(job.pipeline_dir).key_groups[partition.group]
     counting = FeaturePipeline(load_pipeline(job.pipeline_dir).schema).point_in_time_encoders
@@ -474,10 +454,10 @@ def look_up_partition(job: LookupJob, partition: KeyPartition) -> dict[str, dict
             store = chunk.extended(encoder, stores.pop(encoder.name))
             results = encoder.results(store, chunk.lookups)
             if inside is not None and encoder.numbers:
-                counting[encoder.name].partial_fit_results(take_rows(results, inside))
+                counting[encoder.name].partial_fit_results(_take_rows(results, inside))
             chunk_results |= results
             if chunk.end_time is not None:
-                # Labels may become available long after the last row, so the window can end after `job.end`.
+                # Labels may become available long after the last request, so a piece can end after `job.end`.
                 stores[encoder.name] = encoder.compacted(store, min(chunk.end_time, job.end))
             else:
                 write_event_store(encoder.compacted(store, job.end), job.stores, encoder.name, partition.number)
@@ -488,7 +468,7 @@ def look_up_partition(job: LookupJob, partition: KeyPartition) -> dict[str, dict
 
 
 def load_pipeline(pipeline_dir: Path) -> FeaturePipeline:
-    """Load the pipeline in a folder without event stores. It stays cached for the next task of the process."""
+    """Load the pipeline of a folder, without event stores, and cache it for the next task of the process."""
     return _load_pipeline(pipeline_dir, (pipeline_dir / "pipeline.json").stat().st_mtime_ns)
 
 

@@ -1,12 +1,11 @@
-"""Give all rows of a request the same time. The first step of a build finds requests whose rows have several times.
+"""The step `requests` of a feature build: give all rows of a request the same time.
 
-The rows of a request may be in different parts of a log. Each part is therefore reduced to runs: consecutive rows with
-the same request, time and user. A run has these values, its first row and its number of rows. A database groups the
-runs of all parts by the hash of the request's ID. All rows of a request get the earliest time of the request. A file
-lists the rows whose time changes, and readers of the log apply this file.
+The rows of a request may be in different parts of a log. Each part is therefore reduced to runs, which are consecutive
+rows with the same request, time and user. A database groups the runs of all parts by request. All rows of a request get
+its earliest time. A file lists the rows whose time changes, and readers of the log apply this file.
 
-The features include a record of all requests (`requests.parquet`) and hashes of all rows (`rows.parquet`). A later
-build uses these files to recognize further rows of old requests and to skip repeated rows.
+The features include a record of all requests (`requests.parquet`) and hashes of all rows (`rows.parquet`), to recognize
+further rows of old requests and repeated rows in later builds.
 """
 
 import shutil
@@ -31,10 +30,11 @@ from mmoe_rec.progress import say
 _RUNS = pa.schema(
     {"request": pa.uint64(), "time": pa.int64(), "who": pa.uint64(), "row": pa.int64(), "rows": pa.int64()}
 )
-REQUESTS_SCHEMA = pa.schema(
+# Hash of the request's ID, least and greatest hash of its users, first and last time in microseconds, number of rows.
+_REQUESTS_SCHEMA = pa.schema(
     dict.fromkeys(("request", "least", "greatest"), pa.uint64()) | dict.fromkeys(("first", "last", "rows"), pa.int64())
 )
-ROW_KEYS_SCHEMA = pa.schema({"key": pa.uint64()})
+_ROW_KEYS_SCHEMA = pa.schema({"key": pa.uint64()})
 _SENT = pa.schema({"key": pa.uint64(), "row": pa.int64()})
 _REQUESTS, _ROWS = "requests.parquet", "rows.parquet"
 _GREATEST = np.iinfo(np.int64).max
@@ -42,7 +42,7 @@ RunTasks = Callable[[Callable[[Any], Any], Sequence[Any], Sequence[int], str], I
 
 
 Conflict = tuple[int | None, int]
-"""Numbers of two rows of one request with different values. The first is None if it is in an earlier file."""
+"""Numbers of two rows of one request. The first number is None if its row is in an earlier file."""
 
 
 @dataclass
@@ -57,10 +57,9 @@ class RequestCounts:
         continued: Number of requests that began in earlier files.
         continued_rows: Number of rows of continued requests in the new files.
         first_request_time: Time of the first request that began in the new files, in microseconds.
-        earlier: Earliest time of a new row that precedes all old rows of its request, None if there is no such row.
-        times_conflict: Numbers of two rows of one request with different times. The second number is the log's first
-            row whose time differs from the time of its request.
-        users_conflict: Numbers of two rows of one request with different users, chosen in the same way.
+        earlier: Earliest time of a new row that precedes all old rows of its request, None without such a row.
+        times_conflict: Two rows of one request with different times.
+        users_conflict: Two rows of one request with different users.
     """
 
     count: int = 0
@@ -75,7 +74,7 @@ class RequestCounts:
     users_conflict: Conflict | None = None
 
     def describe(self) -> dict[str, int]:
-        """Return the counts for a manifest."""
+        """Return the counts for the manifest of the features."""
         names = ("count", "conflicting_times", "longest_microseconds", "continued", "continued_rows")
         return {name: getattr(self, name) for name in names}
 
@@ -98,8 +97,8 @@ def find_requests(
         logs: Logs of the build.
         reader: Reader of the interaction log.
         parts: Parts of the interaction log.
-        run: Function that runs tasks on the engine. Its arguments are the function of a task, the arguments of all
-            tasks, the sizes of the tasks, and a description.
+        run: Function that runs tasks on the engine. It takes a function, its argument for each task, the size of each
+            task, and a description.
         scratch: Scratch folder.
         time_overrides: File for rows whose own time differs from the request's time, see `LogReader`.
         previous: Folder with the record of the requests in earlier files.
@@ -122,8 +121,8 @@ def find_requests(
         database.copy("runs", ds.dataset(folder, _RUNS, format="ipc"))
         _group(database, requests, previous)
         if requests.conflicting_times:
-            # Rows of a plain table get the index of their split as time. A request with rows in several splits
-            # therefore has conflicting times.
+            # A row of a plain table gets the index of its split as time. So a request with rows in several splits has
+            # conflicting times.
             _find_first_times(
                 database, requests, time_overrides, options.on_conflicting_times == "error" or not columns.has_time
             )
@@ -135,7 +134,7 @@ def find_requests(
             requests.users_conflict = _find_conflict(database, "who", one_user)
         if requests_dir is not None:
             requests_dir.mkdir(exist_ok=True)
-            database.write("FROM all_requests ORDER BY request", requests_dir / _REQUESTS, REQUESTS_SCHEMA)
+            database.write("FROM all_requests ORDER BY request", requests_dir / _REQUESTS, _REQUESTS_SCHEMA)
     shutil.rmtree(scratch)
     return requests
 
@@ -160,9 +159,9 @@ def _group(database: Database, requests: RequestCounts, previous: Path | None) -
         "CREATE TABLE current AS SELECT request, min(who) AS least, max(who) AS greatest, min(time) AS first, "
         "max(time) AS last, sum(rows)::BIGINT AS rows FROM runs GROUP BY request"
     )
-    _read_previous(database, previous, _REQUESTS, REQUESTS_SCHEMA)
-    # Find new rows that are earlier than all old rows of their request. They would change the time of the request, but
-    # the old rows are already encoded.
+    _read_previous(database, previous, _REQUESTS, _REQUESTS_SCHEMA)
+    # A new row that is earlier than all old rows of its request would change the time of the request. This is too late,
+    # because the old rows are already encoded.
     requests.continued, requests.continued_rows = database.row(
         "SELECT count(*), coalesce(sum(current.rows), 0)::BIGINT FROM current JOIN previous USING (request) "
         "WHERE current.first >= previous.first"
@@ -194,11 +193,7 @@ def _find_first_times(database: Database, requests: RequestCounts, path: Path, f
 
 
 def _find_conflict(database: Database, column: str, runs: str) -> Conflict | None:
-    """Return two rows of a request with different values of a column, or None if no request has such rows.
-
-    The second is the log's first row that differs from the value of its request (`agreed`). The first is the request's
-    first row with this value.
-    """
+    """Return the first row that differs from its request's value (`agreed`), after a row that has this value."""
     conflicting, request = database.row(f'SELECT min(row), arg_min(request, row) {runs} WHERE "{column}" <> agreed')
     if conflicting is None:
         return None
@@ -207,11 +202,7 @@ def _find_conflict(database: Database, column: str, runs: str) -> Conflict | Non
 
 
 def _read_previous(database: Database, folder: Path | None, name: str, columns: pa.Schema) -> None:
-    """Load a record of earlier files into the table `previous`, which is empty without a folder.
-
-    `request` is the hash of a request's ID, `least` and `greatest` are hashes of the request's users, and `first` and
-    `last` are times in microseconds. `key` is a hash of a row's request and candidate.
-    """
+    """Load a record of earlier files into the table `previous`, which is empty without a folder."""
     path = None if folder is None else folder / name
     try:
         database.copy("previous", ds.dataset(path or columns.empty_table(), columns))
@@ -222,14 +213,11 @@ def _read_previous(database: Database, folder: Path | None, name: str, columns: 
 
 
 def check_requests(log: Log, requests: RequestCounts) -> None:
-    """Raise if a request has conflicting users, times or splits.
+    """Raise UserError if a request has conflicting users, times or splits.
 
     Args:
         log: Interaction log.
         requests: Counts and conflicts of the log's requests.
-
-    Raises:
-        UserError: `requests` has a conflict of users or times.
     """
     columns, split = log.schema.columns, log.schema.split
     if requests.users_conflict is not None:
@@ -238,29 +226,24 @@ def check_requests(log: Log, requests: RequestCounts) -> None:
             "unique only for one user."
         )
         raise _conflict_error(log, requests.users_conflict, columns.user, requests.several_users, advice)
-    if requests.times_conflict is not None and split is not None:
-        advice = "A request is ranked as a whole: give all its rows one split."
-        raise _conflict_error(log, requests.times_conflict, split.column, requests.conflicting_times, advice)
     if requests.times_conflict is not None:
+        column = columns.time
         advice = "Write the request's time into all its rows, or set data.on_conflicting_times to first."
-        raise _conflict_error(log, requests.times_conflict, columns.time, requests.conflicting_times, advice)
+        if split is not None:
+            column, advice = split.column, "A request is ranked as a whole: give all its rows one split."
+        raise _conflict_error(log, requests.times_conflict, column, requests.conflicting_times, advice)
 
 
 def _conflict_error(log: Log, conflict: Conflict, column: str, count: int, advice: str) -> UserError:
-    first = "a row of an earlier file" if conflict[0] is None else locate(log, conflict[0])
+    first = "a row of an earlier file" if conflict[0] is None else _locate(log, conflict[0])
     return UserError(
-        f"{first} and {locate(log, conflict[1])} belong to one request (column '{log.schema.columns.request}') but "
+        f"{first} and {_locate(log, conflict[1])} belong to one request (column '{log.schema.columns.request}') but "
         f"differ in column '{column}'. This affects {count:,} request{'s' * (count > 1)}. {advice}"
     )
 
 
-def locate(log: Log, row: int) -> str:
-    """Return the file and position of a row, for messages.
-
-    Args:
-        log: Log with the row.
-        row: Number of the row in the log.
-    """
+def _locate(log: Log, row: int) -> str:
+    """Return the file of a row and the row's position in this file, for messages."""
     for file in log.files:
         if row < file.rows:
             return f"row {row} of '{file.uri}'"
@@ -273,15 +256,15 @@ def check_duplicates(
 ) -> bool:
     """Find rows that repeat the request and candidate of another row.
 
-    Repeated rows of earlier files are written to `excluded_rows`. The remaining rows must then be counted again.
+    If new rows repeat rows of earlier files, write their numbers to `excluded_rows`. Rows must then be counted again.
 
     Args:
         logs: Logs of the build.
         sent: Folder of Arrow files with the hash (`key`) and the number (`row`) of all rows.
         scratch: Folder for a database.
-        excluded_rows: File for the numbers of rows to skip, see `LogReader`.
+        excluded_rows: File of rows that a `LogReader` skips.
         previous: Folder with the hashes of the rows in earlier files.
-        requests_dir: Folder for the hashes of all rows, unless rows must be counted again. None writes no hashes.
+        requests_dir: Folder for the hashes of all rows. None writes no hashes.
 
     Returns:
         Whether rows must be counted again.
@@ -292,7 +275,7 @@ def check_duplicates(
     options, log, columns = logs.options, logs.log, logs.schema.columns
     with open_database(scratch, options.memory_gib, options.workers) as database:
         database.copy("sent", ds.dataset(sent, _SENT, "ipc") if sent.is_dir() else ds.dataset(_SENT.empty_table()))
-        _read_previous(database, previous, _ROWS, ROW_KEYS_SCHEMA)
+        _read_previous(database, previous, _ROWS, _ROW_KEYS_SCHEMA)
         database.run(
             "CREATE TABLE excluded AS SELECT row FROM sent SEMI JOIN previous USING (key)",
             "CREATE TABLE repeated AS SELECT key FROM sent GROUP BY key HAVING count(*) > 1",
@@ -303,7 +286,7 @@ def check_duplicates(
             "(SELECT count(*) AS rows, min(row, 2) AS pair FROM sent SEMI JOIN repeated USING (key) GROUP BY key)"
         )
         if count and options.on_duplicates == "error":
-            such_as = f"such as {locate(log, row)}"
+            such_as = f"such as {_locate(log, row)}"
             say(f"skipped {count:,} rows of new files that repeat rows of earlier files, {such_as}")
             database.write("SELECT row FROM excluded ORDER BY row", excluded_rows, pa.schema({"row": pa.int64()}))
             return True
@@ -312,8 +295,8 @@ def check_duplicates(
             if not columns.has_time and not columns.request:
                 names = f"'{columns.user}', within a split,"
             raise UserError(
-                f"{locate(log, pair[0])} repeats request and candidate (columns {names} and '{columns.candidate}') of "
-                f"{locate(log, pair[1])}. The log has {repeated:,} such rows. Remove them, or set data.on_duplicates "
+                f"{_locate(log, pair[0])} repeats request and candidate (columns {names} and '{columns.candidate}') of "
+                f"{_locate(log, pair[1])}. The log has {repeated:,} such rows. Remove them, or set data.on_duplicates "
                 "to keep if they are intended."
             )
         if requests_dir is not None:
@@ -321,5 +304,5 @@ def check_duplicates(
             # Store the sorted hashes by their differences. This takes about 5 bytes a row instead of 8.
             packed: dict[str, Any] = {"use_dictionary": False, "column_encoding": {"key": "DELTA_BINARY_PACKED"}}
             all_keys = "SELECT key FROM sent UNION ALL FROM previous ORDER BY key"
-            database.write(all_keys, requests_dir / _ROWS, ROW_KEYS_SCHEMA, **packed)
+            database.write(all_keys, requests_dir / _ROWS, _ROW_KEYS_SCHEMA, **packed)
     return False

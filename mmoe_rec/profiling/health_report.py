@@ -127,7 +127,7 @@ def _split_tables(overview: Mapping[str, Any]) -> Iterator[Table]:
     if overview["first_request"] is None:
         yield Table("Splits", ("split", *kinds), [(row[0], *row[2:]) for row in rows])
     else:
-        yield Table("Splits", ("split", "requests from", *kinds), rows, left=2)
+        yield Table("Splits", ("split", "requests from", *kinds), rows, text_columns=2)
     labels = list[Row]()
     for name in next(iter(splits.values()))["tasks"]:
         tasks = [split["tasks"][name] for split in splits.values()]
@@ -151,9 +151,8 @@ def _feature_table(health: Mapping[str, Any]) -> Table:
                 Cell(format_fixed(best), "", mark),
             )
         )
-    return Table(
-        "Features", heads, rows, "PSI measures drift to test rows. AUC is the feature's alone, on its best task", left=2
-    )
+    note = "PSI measures drift to test rows. AUC is the feature's alone, on its best task"
+    return Table("Features", heads, rows, note, text_columns=2)
 
 
 def _psi_cell(psi: float | None) -> Cell:

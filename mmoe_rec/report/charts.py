@@ -55,10 +55,10 @@ def style_axes(axes: Axes) -> Axes:
 
 
 def to_svg(drawn: Figure, label: str) -> str:
-    """Return a figure as an `svg` element for a page, without a background. The same figure gives the same text.
+    """Return a figure as an `svg` element for a page, without a background. Equal figures give equal elements.
 
     Args:
-        drawn: The figure, with texts and sizes in points, which become the units of the element.
+        drawn: The figure. One point becomes one unit of the `viewBox`.
         label: Description for readers who can't see the figure, unique within the page.
     """
     drawn.patch.set_visible(False)

@@ -9,7 +9,7 @@ from mmoe_rec.task_kinds import KINDS
 NO_VALUE = "-"
 _DAY = 86_400_000_000
 _DECIMALS = 4
-# Smaller numbers are written in scientific notation, such as 1.5e-08.
+# Numbers that need more decimals are written in scientific notation, such as 1.5e-08.
 _MAX_DECIMALS = 7
 
 
@@ -50,7 +50,7 @@ def format_rate(value: float | None, kind: str) -> str:
 
 
 def describe_conflicting_times(requests: Mapping[str, Any] | None) -> str | None:
-    """Describe how many requests have several times, None if there are none. Takes the `requests` of a manifest."""
+    """Describe how many requests have several times, from the `requests` of a manifest. None if there are none."""
     if not requests or not requests["conflicting_times"]:
         return None
     longest = requests["longest_microseconds"]
@@ -89,8 +89,8 @@ def format_minute(time: str | None) -> str:
 def format_signed(*values: float, sign: bool = True) -> list[str]:
     """Format related numbers, such as a difference and the ends of its interval, with equally many decimals.
 
-    There are four decimals, or two significant digits if the largest number is small. There are more if a number would
-    otherwise look like 0. Numbers from 1,000 are rounded to integers.
+    Numbers get four decimals, or two significant digits if all are small. They get more if a number would otherwise
+    look like 0. If the largest number is at least 1,000, all are rounded to integers.
 
     Args:
         values: The numbers.

@@ -41,8 +41,8 @@ class Table:
         header: Names of the columns.
         rows: Rows of cells.
         note: A sentence on how to read the table.
-        left: Number of leading columns that hold words rather than numbers.
-        more: Further rows, which are folded on the page and omitted on the terminal.
+        text_columns: Number of leading columns with text. The columns after them have numbers.
+        folded: Further rows, which the page folds and the terminal omits.
         page_only: Whether the terminal omits the table.
     """
 
@@ -50,8 +50,8 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Row]
     note: str = ""
-    left: int = 1
-    more: Sequence[Row] = ()
+    text_columns: int = 1
+    folded: Sequence[Row] = ()
     page_only: bool = False
 
 
@@ -82,7 +82,7 @@ class Sentence:
     Attributes:
         text: The sentence, with code between backticks.
         mark: Color of the sentence. `warning`, `problem` and `note` also precede the sentence as a word.
-        label: A word that replaces the mark on a page, such as the name of a check.
+        label: A word that replaces the mark on a page, such as a name of a check.
         page_only: Whether the terminal omits the sentence.
     """
 
@@ -105,9 +105,8 @@ class Report:
         mark: Color of the headline.
         about: A sentence on the data or model behind the results.
         facts: Name -> text, such as the log and its number of rows.
-        measures: Name -> how the number is computed.
-        identity: Inputs of the results: `features`, fingerprint of the features; `model`, version of the model;
-            `settings`, tree of the settings.
+        measures: Name of a measure -> definition.
+        identity: Inputs of the results by name: `features` (fingerprint), `model` (version), `settings` (dictionary).
     """
 
     title: str
@@ -122,18 +121,18 @@ class Report:
     identity: Mapping[str, Any] = field(default_factory=dict)
 
 
-STYLES: dict[Mark, str] = {"good": "bold green", "best": "bold", "warning": "yellow", "problem": "bold red"}
+_STYLES: dict[Mark, str] = {"good": "bold green", "best": "bold", "warning": "yellow", "problem": "bold red"}
 
 
 def to_terminal(report: Report) -> Iterator[RenderableType]:
     """Yield the terminal output of a report: tables, then the headline and the sentences, so the verdict is last."""
     yield from (to_rich(table) for table in report.tables if table.rows and not table.page_only)
     if report.headline:
-        yield Text(report.headline, style=STYLES.get(report.mark, "bold"))
+        yield Text(report.headline, style=_STYLES.get(report.mark, "bold"))
     for sentence in report.sentences:
         if not sentence.page_only:
             word = f"{sentence.mark}: " if sentence.mark in ("warning", "problem", "note") else ""
-            yield Text.assemble((word, STYLES.get(sentence.mark, "")), sentence.text)
+            yield Text.assemble((word, _STYLES.get(sentence.mark, "")), sentence.text)
 
 
 def to_rich(table: Table) -> rich_table.Table:
@@ -143,7 +142,7 @@ def to_rich(table: Table) -> rich_table.Table:
     )
     rich.caption, rich.caption_justify = table.note or None, "left"
     for index, name in enumerate(table.header):
-        is_text = index < table.left
+        is_text = index < table.text_columns
         rich.add_column(Text(name), justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
     for row in table.rows:
         if len(row) == 1:
@@ -156,5 +155,5 @@ def to_rich(table: Table) -> rich_table.Table:
 def _cell_text(cell: Cell | str, style: str = "") -> Text:
     if isinstance(cell, str):
         return Text(cell, style=style)
-    text = Text(cell.text, style=STYLES.get(cell.mark, style))
+    text = Text(cell.text, style=_STYLES.get(cell.mark, style))
     return text.append(f" {cell.detail}", style="not bold dim") if cell.detail else text

@@ -41,7 +41,7 @@ def validations_table(
             texts = [NO_VALUE if value is None else f"{value:.4f}" for value in values]
             mark: Mark = "best" if label == "served" else ""
             rows.append(("" if index else label, name, *(Cell(text, "", mark) for text in texts)))
-    return Table("Validations", ("step", "task", *_METRICS), rows, note, left=2)
+    return Table("Validations", ("step", "task", *_METRICS), rows, note, text_columns=2)
 
 
 def make_report(trained: FinishedRun, settings: Settings) -> Report:

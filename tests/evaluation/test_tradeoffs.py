@@ -149,7 +149,7 @@ def test_the_choice_is_reported_on_test_rows(model: SmallModel, capsys: pytest.C
         )
         assert float(changed.split()[4]) == pytest.approx(after - before, abs=1e-4)
     assert report.headline in " ".join(printed.split())
-    assert len(table.rows) + len(table.more) == len(make_grid([1.0, 0.5, 0.2]))
+    assert len(table.rows) + len(table.folded) == len(make_grid([1.0, 0.5, 0.2]))
     # None gains without a loss, so the weights of the settings stay.
     assert run(model, "--goal", "click", "--max-drop", "liked=0", "spent=0") == 0
     assert "no other weights improve click within the allowed losses" in " ".join(capsys.readouterr().out.split())

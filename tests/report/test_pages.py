@@ -31,7 +31,7 @@ def report() -> Report:
         title=f"{EVIL}title",
         headline=f"{EVIL}headline",
         figures=[drawn(f"{EVIL}figure"), drawn("another")],
-        tables=[Table(f"{EVIL}table", ("", f"{EVIL}head"), rows, f"{EVIL}note", more=[("one", "more")])],
+        tables=[Table(f"{EVIL}table", ("", f"{EVIL}head"), rows, f"{EVIL}note", folded=[("one", "more")])],
         sentences=[Sentence(f"{EVIL}told", "warning", f"{EVIL}label")],
         mark="warning",
         about=f"{EVIL}about",
