@@ -120,7 +120,7 @@ def _create_view(database: Database, split: str, prepared: FeatureFolder) -> Non
     for index, task in enumerate(layout.tasks):
         label = sql[f"label.{task.name}"]
         columns[f"l{index}"] = label = f"CASE WHEN NOT isnan({label}) THEN {label}::DOUBLE END"
-        # A linear label is positive above its mean.
+        # The label of a regression counts as positive above its mean.
         columns[f"p{index}"] = f"{label} > {task.mean if task.kind.is_linear else 0.5:.17e}"
     paths = ", ".join("'" + escape(str(file)).replace("'", "''") + "'" for file in files)
     source = f"read_parquet([{paths}], hive_partitioning = false) AS file({', '.join(sql.values())})"
@@ -309,7 +309,7 @@ class _InputCounter:
     ) -> dict[str, Any]:
         number, aucs = self.layout.dense[index], dict[str, float | None]()
         for task_index, task in enumerate(self.layout.tasks):
-            # Ascending and descending order both count, with missing values at the better end.
+            # Rank in ascending or descending order, and missing values first or last, whichever is best.
             ranked = (np.nan_to_num(values["validation"], nan=end) for end in (-np.inf, np.inf))
             ends = [_auc(scores, labels[:, task_index]) for scores in ranked]
             aucs[task.name] = max((max(auc, 1 - auc) for auc in ends if auc is not None), default=None)

@@ -109,14 +109,10 @@ def _describe_time_issues(overview: Mapping[str, Any]) -> list[str]:
 
 def _split_tables(overview: Mapping[str, Any]) -> Iterator[Table]:
     splits, kinds = overview["splits"], ("rows", "requests", "users", "candidates")
-    rows = [
-        (
-            name,
-            f"{format_minute(split['first_request'])} to {format_minute(split['last_request'])}",
-            *(format_count(split[kind]) for kind in kinds),
-        )
-        for name, split in splits.items()
-    ]
+    rows = list[Row]()
+    for name, split in splits.items():
+        times = f"{format_minute(split['first_request'])} to {format_minute(split['last_request'])}"
+        rows.append((name, times, *(format_count(split[kind]) for kind in kinds)))
     if overview["first_request"] is None:
         yield Table("Splits", ("split", *kinds), [(row[0], *row[2:]) for row in rows])
     else:
@@ -134,16 +130,10 @@ def _feature_table(health: Mapping[str, Any]) -> Table:
     for feature in health["features"]:
         best = max((auc for auc in feature["auc"].values() if auc is not None), default=None)
         mark: Mark = "problem" if (best or 0) > LEAK_AUC else ""
-        rows.append(
-            (
-                feature["name"],
-                ", ".join(finding["check"] for finding in health["findings"] if finding["subject"] == feature["name"]),
-                format_percent(feature["coverage"]["train"]),
-                format_percent(feature["unknown"]["test"]),
-                _psi_cell(feature["psi"]),
-                Cell(format_fixed(best), "", mark),
-            )
-        )
+        name, psi, auc = feature["name"], _psi_cell(feature["psi"]), Cell(format_fixed(best), "", mark)
+        flags = ", ".join(finding["check"] for finding in health["findings"] if finding["subject"] == name)
+        coverage, unknown = format_percent(feature["coverage"]["train"]), format_percent(feature["unknown"]["test"])
+        rows.append((name, flags, coverage, unknown, psi, auc))
     note = "PSI measures drift to test rows. AUC is the feature's alone, on its best task"
     return Table("Features", heads, rows, note, left=2)
 

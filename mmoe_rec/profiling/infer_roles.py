@@ -29,7 +29,7 @@ from mmoe_rec.profiling.profile import (
 from mmoe_rec.settings.log_columns import Role
 
 LEAK_AUC, SUSPICIOUS_AUC = 0.93, 0.8
-"""A column whose AUC alone exceeds these values is left out as a label leak, or marked as suspicious."""
+"""A column that alone predicts a task with a higher AUC is left out as a label leak, or marked as suspicious."""
 PLAIN_TABLE_LEAK_AUC = 0.985
 """LEAK_AUC of a table without users and requests. It is higher, because no counters compete with the columns."""
 _MAX_ERROR_RATE = 0.001
@@ -188,7 +188,7 @@ class _LeakDetector:
 
     def __init__(self, schema: InferredSchema) -> None:
         self._schema = schema
-        # One entry is enough, since all questions about a column come in sequence.
+        # A cache of one column is enough, since all calls for a column come one after the other.
         self._codes = lru_cache(1)(lambda name: factorize_binned(self._sample[0].column(name)))
 
     def best_auc(self, column: Column) -> tuple[float, str]:

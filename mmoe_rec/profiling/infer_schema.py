@@ -120,7 +120,7 @@ def _find_weights(schema: InferredSchema) -> None:
         if not is_number or column.low <= 0 or column.distinct < 2:
             continue
         is_weight = has_word(name, WEIGHT_WORDS) and set(split_words(name)) <= WEIGHT_WORDS | WEIGHT_QUALIFIERS
-        if is_weight and "candidate" in schema.keys:  # A constant weight of a candidate is physical, as of a parcel.
+        if is_weight and "candidate" in schema.keys:  # A weight that is constant for a candidate is physical.
             is_weight = not schema.profile.change_rates([schema.keys["candidate"]], [name])[name] <= MAX_CHANGE_RATE
         if has_word(name, SAMPLING_WORDS) and column.high <= 1 and schema.sampling_rate is None:
             schema.sampling_rate = name
@@ -140,20 +140,14 @@ def _find_split(schema: InferredSchema) -> None:
         splits = {value: _SPLITS.get(str(value).lower()) for value in schema.profile.top_values(column.name, 20)}
         if all(splits.values()) and len(set(splits.values())) > 1:
             parts = {name: sorted(value for value, split in splits.items() if split == name) for name in SPLITS}
-            for name, values in parts.items():
-                if not values:
-                    raise UserError(
-                        f"column '{column.name}' assigns rows to train, validation or test, but none to {name}. Write "
-                        f"'{name}' in some of the rows."
-                    )
+            if name := next((name for name, values in parts.items() if not values), None):
+                problem = f"column '{column.name}' assigns rows to train, validation or test, but none to {name}"
+                raise UserError(f"{problem}. Write '{name}' in some of the rows.")
             schema.split = column.name, parts
             return
-    named = [
-        name
-        for name in schema.columns
-        if has_word(name, TIME_WORDS | CLOCK_WORDS) and not has_word(name, PAST_WORDS | ID_WORDS)
-    ]
-    times = f" {', '.join(named)} may be the time, but the values can't be read: {_TIME_ADVICE}." if named else ""
+    clocks = [name for name in schema.columns if has_word(name, TIME_WORDS | CLOCK_WORDS)]
+    named = ", ".join(name for name in clocks if not has_word(name, PAST_WORDS | ID_WORDS))
+    times = f" {named} may be the time, but the values can't be read: {_TIME_ADVICE}." if named else ""
     raise UserError(
         f"'{schema.profile.name}' has neither a column of times nor one that assigns rows to train, validation and "
         f"test.{times} Name the times with --time, or add a column 'split' of train, validation and test."

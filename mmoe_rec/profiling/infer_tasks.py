@@ -184,11 +184,8 @@ def _find_constant(schema: InferredSchema, columns: Sequence[Column]) -> dict[st
     A rare label is not constant. It changes seldom, but as often within a user as anywhere, so its change rate is high.
     """
     constant, keys = dict[str, str](), schema.keys
-    for key_name, max_rate, min_rows in (
-        ("user", 2 * MAX_CHANGE_RATE, 1.5),
-        ("candidate", 2 * MAX_CHANGE_RATE, 1.5),
-        ("request", 0.001, 1.05),
-    ):
+    limits = {"user": (2 * MAX_CHANGE_RATE, 1.5), "candidate": (2 * MAX_CHANGE_RATE, 1.5), "request": (0.001, 1.05)}
+    for key_name, (max_rate, min_rows) in limits.items():
         by = schema.request_keys if key_name == "request" else [keys[key_name]] if key_name in keys else []
         names = [column.name for column in columns if column.name not in constant]
         if by and names and schema.profile.rows_per_key(by) > min_rows:
@@ -227,10 +224,7 @@ def _find_condition(schema: InferredSchema, task: InferredTask, earlier: Sequenc
 
 
 def infer_label_delays(schema: InferredSchema) -> None:
-    """Infer after how many days labels are final, from times of outcomes or from the last rows with labels.
-
-    A time such as `purchased_at` is the time of an outcome if it is null exactly where the label is not positive.
-    """
+    """Infer after how many days labels are final, from times of outcomes or from the last rows with labels."""
     if "time" not in schema.keys:
         return
     fraction = schema.profile.fraction
@@ -238,14 +232,14 @@ def infer_label_delays(schema: InferredSchema) -> None:
     for task in schema.tasks:
         label = schema.columns[task.column]
         happened = label.positive_sql if task.kind == "binary" else f"{label.sql} IS NOT NULL"
-        for outcome in outcomes:
+        for outcome in outcomes:  # A time of the label's outcome is null exactly where the label is not positive.
             has_time = f"{outcome.sql} IS NOT NULL"
             if fraction(happened, has_time) > 0.98 and fraction(has_time, happened) > 0.98:
                 delay = schema.profile.quantile(f"{outcome.time_sql} - {schema.time_sql}", 0.999, has_time)
                 if delay is not None and delay > 0:
                     task.label_delay_days = _round_up(to_days(delay))
                     task.notes.append(f"{outcome.name} is at most this much later than the request")
-        # A label has a meaning only in the rows of its condition.
+        # Nulls in rows without an observed label don't show a delay.
         condition = "true" if task.observed_when is None else schema.columns[task.observed_when[0]].positive_sql
         if not task.label_delay_days and (days := _null_at_end(schema, label, condition)) is not None:
             task.label_delay_days = days

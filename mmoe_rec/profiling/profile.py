@@ -39,7 +39,7 @@ _COLUMNS_PER_QUERY = 64
 _BINS, _PRIOR_ROWS = 64, 20.0
 _MIN_ROWS = 20
 """With fewer rows, a column may rank a label well by chance."""
-# Nanoseconds are 0 here and divided by 1,000 instead.
+# Factors to convert times to microseconds. 0 stands for nanoseconds, which are divided by 1,000.
 _MICROSECONDS_PER_UNIT = {"s": 1_000_000, "ms": 1000, "us": 1, "ns": 0}
 _EARLIEST, _LATEST = (datetime(year, 1, 1, tzinfo=UTC).timestamp() for year in (1990, 2033))
 """Range of integers that may be times. Dates written as integers, such as 2014102100, are later as seconds."""
