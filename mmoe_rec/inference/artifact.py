@@ -8,13 +8,13 @@
         trees/                 only if the model has trees: the trees and their blend weights (`mmoe_rec.model.trees`)
         calibration.json       only if the model is calibrated: maps logits to calibrated logits
         settings.yaml          the resolved settings that the model was trained with
-        example_request.json   the body of a call to /invocations, which `predict` of the MLflow model accepts too
+        example_request.json   an example body for /invocations and for `predict` of the MLflow model
         example_scores.json    the model's scores of the example at writing time, and the versions that computed them
         features/              fitted encoders; tables of counters, histories and latest values; the list of log
                                files in these tables (see `mmoe_rec.preprocessing.build_inputs`)
 
-The folder is written atomically (`mmoe_rec.inference.artifact_writer`). Every load checks it against the manifest,
-because a lost counter file, a missing calibration or one flipped bit would change scores without an error.
+Every load checks the folder against the manifest, because a lost counter file, a missing calibration or one flipped bit
+would change scores without an error.
 """
 
 from __future__ import annotations
@@ -79,14 +79,12 @@ class ArtifactInfo:
         max_candidates: Maximum number of candidates per request.
         matmul_backend: Value of `serving.matmul_backend`.
         fingerprint: Fingerprint of the features that the model was trained on.
-        tables_as_of: ISO time of the last logged request in counters, histories and latest values. None if the log has
-            no times.
-        stale_after_days: Maximum days from the last event in the tables to a request. Replies to later requests have a
-            warning. None never warns.
+        tables_as_of: ISO time of the last logged request in the tables of features. None if the log has no times.
+        stale_after_days: Days after the last event in the tables from which replies have a warning. None never warns.
         trained_as_of: `tables_as_of` at training time. None if the tables haven't been replaced.
         files_digest: Digest of the log files that the tables contain. None if it is unknown.
-        journal: Part of the journal of live events that the tables contain: the journal's `id`, and the number of the
-            last contained segment as `through`. None if the tables contain no live events.
+        journal: `id` of the journal whose live events the tables contain, and `through`, the number of the last segment
+            that they contain. None if the tables contain no live events.
         undertraining: Warning that training ended too early (`training.validation.find_undertraining`), or None.
     """
 
@@ -131,7 +129,7 @@ def read_artifact(folder: Path, verify: bool = True) -> ArtifactInfo:
 
 
 def tables_as_of_us(info: ArtifactInfo) -> int:
-    """Return the time of the last request in the artifact's tables, in microseconds. 0 without times."""
+    """Return the time of the last request in the artifact's tables, in microseconds, 0 if the log has no times."""
     return 0 if info.tables_as_of is None else parse_microseconds("tables_as_of", info.tables_as_of)
 
 
@@ -153,9 +151,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors to a file with the usual permissions of new files.
-
-    safetensors makes files readable only by the owner, but a server may run as another user.
+    """Write tensors to a file that other users can read, unlike the files that safetensors creates.
 
     Args:
         tensors: Tensors by name.
@@ -193,9 +189,8 @@ def read_model(info: ArtifactInfo, folder: Path) -> RankingModel:
         if table.name in tables.embedding_bags:
             bag = pop_table(stored, table_weight_name(table.name))
             if bag is None or (bag.num_embeddings, bag.embedding_dim) != (table.rows, table.dim):
-                raise UserError(
-                    f"'{path}' does not contain the weights of table '{table.name}'. Train the model again."
-                )
+                problem = f"does not contain the weights of table '{table.name}'"
+                raise UserError(f"'{path}' {problem}. Train the model again.")
             tables.embedding_bags[table.name] = bag
     settings = Model.model_validate(info.model)
     model = build_model(layout, settings, tables)
@@ -230,7 +225,7 @@ class ExampleScores:
     """A model's predictions for its example request, in the order of the request.
 
     Attributes:
-        predictions: Predictions (N,) by task. Scores follow from them.
+        predictions: Predictions (N,) by task. Scores are computed from predictions, so they are not stored.
         computed_with: Versions of the packages that computed the predictions, and the `processor`.
     """
 
@@ -263,15 +258,12 @@ class ExampleScores:
 
         The tolerance is TOLERANCE times the scale of the task. The scale is the largest prediction in the example, or a
         regression's standard deviation if that is larger. A steep calibration multiplies rounding errors of logits, so
-        the tolerance grows with its slope.
+        the tolerance grows with its slope. Returns None if all predictions are close.
 
         Args:
             scores: Scores to compare, computed now.
             tasks: Tasks of the model.
             calibration: Calibration of the model.
-
-        Returns:
-            The description, None if all predictions are close.
         """
         for task in tasks:
             expected, actual = np.array(self.predictions[task.name]), np.array(scores.predictions[task.name])
@@ -310,10 +302,7 @@ def artifact_version(folder: Path) -> str:
 
 
 def check_files(folder: Path) -> None:
-    """Raise UserError if files of the artifact are missing or changed, or if loading would read an extra file.
-
-    Harmless extra files from the operating system, MLflow or Python are accepted.
-    """
+    """Raise UserError if files of the artifact are missing or changed, or if loading would read an extra file."""
     files = read_manifest(folder)
     checksums = _compute_checksums(folder, [name for name in files if (folder / name).exists()])
     for name, checksum in files.items():

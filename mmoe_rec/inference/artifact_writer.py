@@ -1,7 +1,7 @@
 """Write artifact folders (see `artifact`) atomically, with checksums and example scores.
 
-When all other files are complete, the model is loaded from the folder, as a server would load it, and scores its
-example request. Every later load must reproduce these scores.
+The last step loads the model from the folder, as a server would, and stores its scores of the example request. Every
+later load must reproduce these scores.
 """
 
 import json
@@ -42,7 +42,7 @@ from mmoe_rec.settings.log_columns import Role
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Settings
 
-EXAMPLE_CANDIDATES = 8  # number of candidates in the example
+EXAMPLE_CANDIDATES = 8  # Number of candidates in the example request.
 
 
 def write_artifact(
@@ -61,10 +61,10 @@ def write_artifact(
         folder: Artifact folder to write.
         settings: Settings of the run.
         prepared: Features that the model was trained on.
-        state_dict: `RankingModel.state_dict()` of the whole model with plain tables.
+        state_dict: `RankingModel.state_dict()` of the whole model with unsharded tables (`PlainTables`).
         trees: Trees of the model besides its network, if there are any.
         calibration: Calibration of the tasks. None leaves their logits unchanged.
-        undertraining: Warning that training ended too early, to store in `ArtifactInfo`.
+        undertraining: Warning that training ended too early, if it did.
 
     Raises:
         UserError: A weight or a prediction for the example is NaN or infinite.
@@ -93,10 +93,10 @@ def write_artifact(
             shutil.copytree(prepared.folder / "requests", target / "features" / "requests")
         (target / "layout.json").write_text(info.layout.to_json(), encoding="utf-8")
         (target / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
-        write_artifact_info(target, info)
+        _write_info(target, info)
         if calibration is not None and calibration.tasks:
             _write_json(target / "calibration.json", calibration.to_dict())
-        _write_json(target / EXAMPLE_FILE, {"inputs": [build_example_request(target / "features", info.tables_as_of)]})
+        _write_json(target / EXAMPLE_FILE, {"inputs": [_build_example_request(target / "features", info.tables_as_of)]})
         finalize_artifact(target)
 
 
@@ -118,7 +118,7 @@ def write_with_weights(folder: Path, target: Path, model: Model, state_dict: Map
         copy_files(folder, out)
         _write_weights(out, state_dict)
         (out / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
-        write_artifact_info(out, info)
+        _write_info(out, info)
         finalize_artifact(out)
 
 
@@ -151,8 +151,8 @@ def write_with_tables(
     with atomic_folder(target) as out:
         copy_files(folder, out, exclude_prefix="features/")
         shutil.copytree(features, out / "features")
-        write_artifact_info(out, info)
-        _write_json(out / EXAMPLE_FILE, {"inputs": [build_example_request(out / "features", info.tables_as_of)]})
+        _write_info(out, info)
+        _write_json(out / EXAMPLE_FILE, {"inputs": [_build_example_request(out / "features", info.tables_as_of)]})
         finalize_artifact(out)
 
 
@@ -181,23 +181,16 @@ def finalize_artifact(folder: Path) -> None:
     try:
         scores = Ranker(folder, read_artifact(folder, verify=False)).score_example(folder)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"The model can't score its own example: {reason}. If training diverged, lower the learning rates."
-        ) from None
+        reason = f"The model can't score its own example: {' '.join(str(error).split())}"
+        raise UserError(f"{reason}. If training diverged, lower the learning rates.") from None
     _write_json(folder / EXAMPLE_SCORES_FILE, asdict(scores))
     write_manifest(folder)
 
 
-def write_artifact_info(folder: Path, info: ArtifactInfo) -> None:
-    """Write `model.json`.
-
-    Args:
-        folder: Artifact folder.
-        info: Metadata of the model. Its layout is not written here.
-    """
+def _write_info(folder: Path, info: ArtifactInfo) -> None:
+    """Write `model.json`, which excludes the layout."""
     tree = asdict(info)
-    del tree["layout"]  # stored in layout.json
+    del tree["layout"]
     _write_json(folder / "model.json", {"format": FORMAT, **tree})
 
 
@@ -215,19 +208,8 @@ def _write_weights(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
 # The example request documents the server's input and lets users try it.
 
 
-def build_example_request(features: Path, tables_as_of: str | None) -> dict[str, Any]:
-    """Build a realistic request from the features: a frequent user, frequent candidates and a usual context.
-
-    The request's time is one minute after the last request in the tables. For a model of a plain table, which has no
-    IDs, the request contains frequent values of the columns.
-
-    Args:
-        features: Folder `features` of an artifact.
-        tables_as_of: ISO time of the last request, as in `ArtifactInfo`.
-
-    Returns:
-        Arguments of `Ranker.rank`.
-    """
+def _build_example_request(features: Path, tables_as_of: str | None) -> dict[str, Any]:
+    """Build a request of a frequent user, frequent candidates and a usual context, a minute after `tables_as_of`."""
     pipeline = FeaturePipeline.load(features, stores=False)
     names = pipeline.schema.columns
     user = {column: values[0] for column, values in _example_values(pipeline, "user").items()}
@@ -236,9 +218,8 @@ def build_example_request(features: Path, tables_as_of: str | None) -> dict[str,
     candidates = _example_values(pipeline, "candidate")
     if names.has_candidate:
         candidates = {names.candidate: _frequent_ids(pipeline, features, "candidate", names.candidate)}
-    context = {
-        column: values[0] for column, values in _example_values(pipeline, "context").items() if values[0] is not None
-    }
+    examples = _example_values(pipeline, "context")
+    context = {column: values[0] for column, values in examples.items() if values[0] is not None}
     if tables_as_of is not None:
         request_time = datetime.fromisoformat(tables_as_of).replace(microsecond=0) + timedelta(minutes=1)
         context[names.time] = request_time.isoformat()
@@ -246,7 +227,7 @@ def build_example_request(features: Path, tables_as_of: str | None) -> dict[str,
 
 
 def _frequent_ids(pipeline: FeaturePipeline, features: Path, role: Role, key: str) -> list[Any]:
-    """Return the most frequent IDs, or any seen IDs if no feature counted them."""
+    """Return the most frequent IDs, or any IDs of the log if no feature has a vocabulary of them."""
     seen = pq.read_table(features / f"latest.{role}.parquet", columns=[key]).column(key)
     return _vocabulary_ids(pipeline, key) or seen[:EXAMPLE_CANDIDATES].to_pylist()
 
@@ -259,10 +240,7 @@ def _vocabulary_ids(pipeline: FeaturePipeline, column: str) -> list[Any]:
 
 
 def _example_values(pipeline: FeaturePipeline, role: Role) -> dict[str, list[Any]]:
-    """Return example values for each column with this role: the most frequent IDs, or a mean number.
-
-    The values are null if no feature provides an example.
-    """
+    """Return column -> frequent IDs or a mean number, for the columns with this role. Unknown examples are None."""
     examples: dict[str, list[Any]] = {}
     uses, keys = column_uses(pipeline.schema), pipeline.schema.columns.names
     for column, column_role in pipeline.schema.input_columns().items():

@@ -1,11 +1,11 @@
 """Score the rows of a log in batch, and write predictions, scores and ranks as Parquet.
 
-    1. Score each part of the log. Keep request, score and row number of all rows for step 2 (`_RANK_KEYS`).
-    2. Compute each row's rank within its request, in a database. A request may have rows in several parts.
+    1. Score each part of the log, and put the request and score of each row into a database (`_RANK_KEYS`).
+    2. Compute each row's rank within its request in the database, because a request may have rows in several parts.
     3. Write the rows of each part with predictions, scores and ranks.
 
-A process loads the model once for all its tasks and threads. Each chunk has a fixed number of rows and is scored by one
-thread, so results don't depend on the engine or the number of workers. The output is written atomically:
+Each chunk has a fixed number of rows and is scored by one thread, so results don't depend on the engine or the number
+of workers. The output is written atomically:
 
     <output>/_manifest.json            the input, the model and the settings
     <output>/part-00000.parquet       the scored rows, in the input's order
@@ -68,10 +68,12 @@ from mmoe_rec.tracking.registry import resolve_model
 if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
 
+_REPORTED_KEYS = {"model", "model_version", "rows", "meaning", "seen_in_training"}
+"""Keys of the manifest that the command reports. If an older version did not write them, rows are scored again."""
 AsOf = Literal["log", "tables"]
 """Source of counters and histories: the log as of each request, or the model's own tables."""
 ALL_TIMES: Window = (None, None)
-# Defaults that replace the model's stored settings, because these describe the machines that trained the model.
+# Defaults that replace the stored settings, because stored settings describe the machines that trained the model.
 _LOCAL_OPTIONS = ("--data.engine", "local", "--data.workers", "null")
 
 
@@ -82,7 +84,7 @@ class ScoredLog:
     Attributes:
         folder: Folder of scores.
         manifest: Contents of its manifest.
-        reused: Whether the scores existed before.
+        reused: Whether the folder had these scores already.
     """
 
     folder: Path
@@ -132,8 +134,8 @@ def score_log(
         raise UserError(f"--start {format_time(start)} is not before --end {format_time(end)}. Change them.")
     if labels and as_of != "log":
         raise UserError(f"--labels needs --as-of log. Leave it out with --as-of {as_of}.")
-    artifact = resolve_model(model, Tracking(uri=uri).resolved_uri)  # the model's own settings aren't loaded yet
-    read_artifact(artifact.folder)  # raises if the model is damaged
+    artifact = resolve_model(model, Tracking(uri=uri).resolved_uri)  # The model's own settings aren't loaded yet.
+    read_artifact(artifact.folder)  # Raises UserError if the model is damaged.
     settings = load_settings(artifact.folder / "settings.yaml", [*_LOCAL_OPTIONS, *overrides])
     if is_remote(str(output)):
         raise UserError(f"--output '{output}' must be a local or mounted folder.")
@@ -141,16 +143,17 @@ def score_log(
     with write_lock(out, "a scoring", "give another folder with --output"):
         check_output(out, source)
         scoring = _Scoring(artifact, settings, source, as_of, window, labels, keep)
-        reused = read_manifest(out)
-        if reused is not None and reused["fingerprint"] == scoring.fingerprint and is_complete(out, reused):
-            return ScoredLog(out, reused, reused=True)
+        manifest = read_manifest(out) or {}
+        is_current = manifest.get("fingerprint") == scoring.fingerprint and manifest.keys() >= _REPORTED_KEYS
+        if is_current and is_complete(out, manifest):
+            return ScoredLog(out, manifest, reused=True)
         with atomic_folder(out) as folder:
             manifest = scoring.write(folder)
     return ScoredLog(out, manifest)
 
 
 class _Scoring:
-    """State and steps of one `score_log`."""
+    """Arguments and steps of one call of `score_log`."""
 
     def __init__(
         self,
@@ -169,19 +172,16 @@ class _Scoring:
         self.has_time = self.pipeline.schema.columns.has_time
         if window != ALL_TIMES and not self.has_time:
             raise UserError("--start and --end need request times, but the model's table has none. Leave them out.")
-        self.logs, self.missing_attributes = open_logs(source, self.pipeline, settings, as_of, labels, keep)
+        self.logs, self.missing_attributes = _open_logs(source, self.pipeline, settings, as_of, labels, keep)
         self.split = settings.split if labels and has_split(self.logs, settings.split) else None
-        self.tables_as_of = (info := read_artifact(model.folder, verify=False)).tables_as_of
-        self.tables_as_of_us = tables_as_of_us(info)
+        info = read_artifact(model.folder, verify=False)
+        self.tables_as_of, self.tables_as_of_us = info.tables_as_of, tables_as_of_us(info)
         self.constants = {"model": model.uri, "model_version": artifact_version(model.folder)}
-        build = self.logs.options
+        build, self.matmul_backend = self.logs.options, settings.serving.matmul_backend
         options = [build.on_duplicates, build.on_conflicting_times, build.rows_in_memory]
         split = settings.split.model_dump(mode="json") if labels else None
-        self.matmul_backend = settings.serving.matmul_backend
-        choices = [options, split, self.matmul_backend, self.extra_columns]
-        self.fingerprint = compute_fingerprint(
-            self.logs, [FORMAT, self.constants, self.tables_as_of, as_of, window, *choices]
-        )
+        choices = [as_of, window, options, split, self.matmul_backend, self.extra_columns]
+        self.fingerprint = compute_fingerprint(self.logs, [FORMAT, self.constants, self.tables_as_of, *choices])
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write the files of the output to a folder, and return the manifest."""
@@ -190,10 +190,9 @@ class _Scoring:
             facts = self._look_up_features(steps)
             with open_database(scratch / "database", options.memory_gib, options.workers) as database:
                 database.create_table("rows", _RANK_KEYS, self._score_parts(steps, scratch, facts))
-                facts["rows"], facts["early"], facts["seen_in_training"] = database.row(
-                    f"SELECT count(*), count(*) FILTER (time <= {self.tables_as_of_us}), "
-                    "count(*) FILTER (seen_in_training) FROM rows"
-                )
+                filters = ("true", f"time <= {self.tables_as_of_us}", "seen_in_training")
+                counts = database.row(f"SELECT {', '.join(f'count(*) FILTER ({sql})' for sql in filters)} FROM rows")
+                facts |= zip(("rows", "early", "seen_in_training"), counts, strict=True)
                 if not facts["rows"]:
                     raise self._no_rows()
                 for log in self.logs.all:
@@ -205,17 +204,15 @@ class _Scoring:
 
     def _look_up_features(self, steps: BuildSteps) -> dict[str, Any]:
         """Look up counters and histories of the rows, and return facts for the manifest."""
-        facts: dict[str, Any] = {"first": None}
         if self.as_of == "tables":
             steps.find_requests()
-        else:
-            counted, stores = steps.count(statistics=False), steps.scratch / "compacted"
-            if not counted.rows["scored"]:
-                raise self._no_rows()
-            stores.mkdir(parents=True)
-            steps.look_up(self.pipeline, stores, end=counted.last + 1, training=None)
-            facts |= {"first": counted.first, "last": counted.last}
-        return facts
+            return {"first": None}
+        counted, stores = steps.count(statistics=False), steps.scratch / "compacted"
+        if not counted.rows["scored"]:
+            raise self._no_rows()
+        stores.mkdir(parents=True)
+        steps.look_up(self.pipeline, stores, end=counted.last + 1, training=None)
+        return {"first": counted.first, "last": counted.last}
 
     def _no_rows(self) -> UserError:
         start, end = ("any time" if bound is None else format_time(bound) for bound in self.window)
@@ -225,7 +222,7 @@ class _Scoring:
         """Score each part of the log into a file, and yield the keys of its rows for ranking (`_RANK_KEYS`)."""
         options, total, tasks = self.logs.options, self.logs.log.rows, list(enumerate(steps.parts))
         processes = total >= MIN_ROWS_FOR_PROCESSES and not self.source.startswith("memory://")
-        job = ScoreJob(
+        job = _ScoreJob(
             model=self.artifact,
             version=self.constants["model_version"],
             matmul_backend=self.matmul_backend,
@@ -241,11 +238,11 @@ class _Scoring:
         with limit_threads(1), open_engine(options.engine, options.workers, processes) as engine, bar() as progress:
             task = progress.add_task("scoring", total=total)
             try:
-                for (_, part), ranked in zip(tasks, engine.map(partial(score_part, job), tasks), strict=True):
+                for (_, part), ranked in zip(tasks, engine.map(partial(_score_part, job), tasks), strict=True):
                     progress.advance(task, part.rows)
                     yield ranked
             finally:
-                _load.cache_clear()  # free the model's memory
+                _load.cache_clear()  # Free the model's memory.
 
     def _manifest(self, parts: Mapping[str, int], facts: Mapping[str, Any]) -> dict[str, Any]:
         from mmoe_rec.model.matmul import choose_serving_backend
@@ -293,31 +290,18 @@ class _Scoring:
 
 
 @dataclass(frozen=True)
-class ScoreJob:
-    """Arguments that all tasks of a scoring share.
-
-    Attributes:
-        model: Artifact folder.
-        version: Version ID of the artifact.
-        matmul_backend: Value of `serving.matmul_backend`.
-        reader: Reader of the log.
-        results: Values of counters and histories for the rows. None uses the model's own tables.
-        window: Request times to score, in microseconds.
-        labels_as_of: Time as of which labels are written, in microseconds. None writes no labels.
-        extra_columns: Further columns of the log to write.
-        split: Split of the model, to find rows that it has seen in training. None skips this.
-        folder: Folder that gets a file for each part.
-    """
+class _ScoreJob:
+    """Arguments that are the same for all parts of a log."""
 
     model: Path
     version: str
     matmul_backend: str
     reader: LogReader
-    results: ResultExchange | None
+    results: ResultExchange | None  # Counters and histories of the rows. None uses the tables of the model.
     window: Window
-    labels_as_of: int | None
+    labels_as_of: int | None  # Labels that are final later, in microseconds, are null. None writes no labels.
     extra_columns: tuple[str, ...]
-    split: Split | None
+    split: Split | None  # Finds rows that the model has seen in training. None skips this.
     folder: Path
 
 
@@ -333,35 +317,19 @@ def _load(folder: Path) -> "Ranker":
 
 _RANK_KEYS = pa.schema(
     {
-        "part": pa.int32(),
-        "request": pa.uint64(),
-        "score": pa.float64(),
-        "number": pa.int64(),
-        "time": pa.int64(),
-        "seen_in_training": pa.bool_(),
+        "part": pa.int32(),  # Number of the part of the log.
+        "request": pa.uint64(),  # Hash of the request.
+        "score": pa.float64(),  # Log score.
+        "number": pa.int64(),  # Number of the row in the log.
+        "time": pa.int64(),  # Time of the request in microseconds.
+        "seen_in_training": pa.bool_(),  # Whether the row was in the training or validation split of the model.
     }
 )
-"""Columns of a scored row that ranking and the manifest need.
-
-- part: Number of the row's part.
-- request: Hash of the request.
-- score: Log score.
-- number: Number of the row in the log.
-- time: Time of the request in microseconds.
-- seen_in_training: Whether the row was in the training or validation split of the model.
-"""
+"""Columns of a scored row that ranking and the manifest need."""
 
 
-def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> pa.Table:
-    """Score one part of a log and write it to a file.
-
-    Args:
-        job: Arguments of the scoring.
-        task: Number of the part, and the part.
-
-    Returns:
-        The keys that rank the rows, see `_RANK_KEYS`.
-    """
+def _score_part(job: _ScoreJob, task: tuple[int, LogPart]) -> pa.Table:
+    """Score one part of a log, given with its number, write it to a file, and return its `_RANK_KEYS`."""
     import torch
 
     from mmoe_rec.model.matmul import choose_serving_backend
@@ -375,7 +343,7 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> pa.Table:
     ranker.scorer.set_matmul_backend(choose_serving_backend(job.matmul_backend))
     results = None if job.results is None else ResultReader(job.results, list(ranker.pipeline.key_groups))
     writer, ranked = None, [_RANK_KEYS.empty_table()]
-    with pa.OSFile(str(scored_file(job.folder, number)), "wb") as file:
+    with pa.OSFile(str(_scored_file(job.folder, number)), "wb") as file:
         for rows in read_window(job.reader, results, job.window, part):
             values, log_scores = ranker.score(ranker.reader.fill_attributes(rows))
             table = scored_table(rows, values, log_scores, ranker.layout)
@@ -398,13 +366,8 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> pa.Table:
     return pa.concat_tables(ranked)
 
 
-def scored_file(folder: Path, number: int) -> Path:
-    """Return the path of a part's scored but unranked rows.
-
-    Args:
-        folder: Folder of the scored parts.
-        number: Number of the part.
-    """
+def _scored_file(folder: Path, number: int) -> Path:
+    """Return the path of a part's scored but unranked rows."""
     return folder / f"{number}.arrow"
 
 
@@ -434,53 +397,37 @@ def write_ranked(database: Database, scored: Path, folder: Path, constants: Mapp
         parts = [part for (part,) in database.rows("SELECT DISTINCT part FROM ranks ORDER BY part")]
         for part in progress.track(parts, description="writing"):
             ranks = database.table(f"SELECT rank FROM ranks WHERE part = {part} ORDER BY number")
-            with pa.memory_map(str(scored_file(scored, part))) as file:
-                rows = pa.ipc.open_file(file).read_all()
-                table = rows.append_column("rank", ranks["rank"])
+            with pa.memory_map(str(_scored_file(scored, part))) as file:
+                table = pa.ipc.open_file(file).read_all().append_column("rank", ranks["rank"])
                 for name, value in constants.items():
-                    table = table.append_column(name, pa.repeat(value, len(rows)))
+                    table = table.append_column(name, pa.repeat(value, len(table)))
                 pq.write_table(table, folder / part_file_name(part), row_group_size=ROWS_PER_GROUP, compression="zstd")
-            written[part_file_name(part)] = len(rows)
+            written[part_file_name(part)] = len(table)
     return written
 
 
-def open_logs(
-    source: str, pipeline: FeaturePipeline, settings: Settings, as_of: AsOf, labels: bool, keep: Sequence[str] = ()
+def _open_logs(
+    source: str, pipeline: FeaturePipeline, settings: Settings, as_of: AsOf, labels: bool, keep: Sequence[str]
 ) -> tuple[Logs, list[str]]:
-    """Open the log to score and the event logs that the features need, with the column types of the fitted features.
+    """Open the log to score and the event logs that its features need. Returns also the attributes that all files lack.
 
-    With `as_of` "tables", attributes of users and candidates may be missing in all files. The model completes them.
-
-    Args:
-        source: Folder, file or glob of the log.
-        pipeline: Features of the model.
-        settings: Settings that the model was trained with.
-        as_of: Source of counters and histories.
-        labels: Whether to read the labels of all tasks.
-        keep: Further columns to read.
-
-    Returns:
-        The logs, and the attributes that all files lack.
-
-    Raises:
-        UserError: The log is missing or has no rows, a column is missing, or a column has the name of an output column.
+    Files may lack attributes only with `as_of` "tables". The latest values in the model replace them.
     """
     files = [set(read_column_names(file.uri)) for file in find_files(source, "--input")]
     schema, columns, missing = pipeline.schema, pipeline.schema.columns, list[str]()
+    options = replace(BuildOptions.of(settings.data), skip_bad_files=False)
     if as_of == "tables":
         has_ids = {"user": columns.has_user, "candidate": columns.has_candidate}
-        attributes = [name for name, role in schema.input_columns().items() if has_ids.get(role)]
         available = set(columns.names).union(*files)
+        attributes = [name for name, role in schema.input_columns().items() if has_ids.get(role)]
         missing = [name for name in attributes if name not in available]
+        options = replace(options, on_future_times="keep")  # The current tables may score future requests.
     read_schema = _read_schema(schema, settings, as_of, missing, labels)
-    options = replace(BuildOptions.of(settings.data), skip_bad_files=False)
-    if as_of == "tables":  # future requests may be scored with the current tables
-        options = replace(options, on_future_times="keep")
     log_types, *event_types = key_types(pipeline, read_schema)
     more_uses: dict[str, ColumnUse] = {name: "any" for name in keep if name not in column_uses(read_schema)}
     split = settings.split.column
     if labels and split is not None and all(split in names for names in files):
-        log_types = {name: kind for name, kind in log_types.items() if name != split}  # no feature reads the split
+        log_types = {name: kind for name, kind in log_types.items() if name != split}  # No feature reads the split.
         more_uses[split] = "any"
     predicted = prediction_columns(pipeline.layout)
     added = {*predicted, *(column.replace("predicted", "label", 1) for column in predicted), "score", "rank"}
@@ -493,8 +440,8 @@ def open_logs(
 def _read_schema(schema: Schema, settings: Settings, as_of: AsOf, missing: Collection[str], labels: bool) -> Schema:
     """Return the part of a model's schema that scoring reads.
 
-    It excludes placement features (absent in serving), sampling rates, the split and missing attributes. It includes
-    only the labels and events that counters and histories need, or all labels with `labels`.
+    Placement (absent in serving), sampling rates, the split and missing attributes are excluded. So are labels and
+    events that no counter or history reads, but `labels` includes all labels.
     """
     scored = [name for name in schema.features if schema.role_of(name) != "placement"]
     needed = {*scored, *(schema.features[name].table_owner for name in scored)}
@@ -527,7 +474,7 @@ def read_window(reader: LogReader, results: ResultReader | None, window: Window,
 
     Args:
         reader: Reader of the log.
-        results: Values that `BuildSteps` looked up for the window. None yields rows without values.
+        results: Counters and histories that `BuildSteps` looked up for the window. None yields rows without them.
         window: Request times, in microseconds.
         part: Part of the log.
     """
@@ -535,6 +482,5 @@ def read_window(reader: LogReader, results: ResultReader | None, window: Window,
         inside = rows.filter(in_window(rows.times(), window))
         if len(inside):
             looked_up: LookupResults = {} if results is None else results.of(inside.row_numbers)
-            yield from LogRows(inside.table, rows.schema, looked_up, inside.row_numbers).iter_batches(
-                FEATURE_BATCH_ROWS
-            )
+            inside = LogRows(inside.table, rows.schema, looked_up, inside.row_numbers)
+            yield from inside.iter_batches(FEATURE_BATCH_ROWS)

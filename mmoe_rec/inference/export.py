@@ -9,9 +9,6 @@ An ONNX file contains everything after the features, for other servers:
         inputs.json     names of the input columns, and their tables
         example.npz     inputs of the model's example request, and the model's outputs
         README.md       how to use these files
-
-torch's exporter builds the graph from the serving code, so the graph supports everything that settings can ask for:
-levels of experts, routing rules, crosses, calibration, regressions and int8 tables.
 """
 
 import copy
@@ -77,11 +74,11 @@ def write_int8(folder: Path, out: Path) -> dict[str, Any]:
     write_tensors(int8_weights, out / WEIGHTS_FILE)
     finalize_artifact(out)
     model, small = (outputs_in_request_order(Ranker.load(path).rank(**read_example(folder))) for path in (folder, out))
-    sizes = {"model": count_bytes(folder), "int8": count_bytes(out)}
+    sizes = {"model": _count_bytes(folder), "int8": _count_bytes(out)}
     return {"bytes": sizes, "max_difference": max_relative_differences(model, small)}
 
 
-def count_bytes(folder: Path) -> dict[str, int]:
+def _count_bytes(folder: Path) -> dict[str, int]:
     """Return the bytes of an artifact's tables, of its other weights, and of all its files including features."""
     sizes = {"tables": 0, "dense": 0}
     for name, weight in read_tensors(folder / WEIGHTS_FILE).items():
@@ -97,7 +94,7 @@ def outputs_in_request_order(ranking: Ranking) -> ModelOutputs:
 
 
 def max_relative_differences(base: ModelOutputs, outputs: ModelOutputs) -> dict[str, float]:
-    """Return the largest difference of each prediction and of the score, relative to values over 1.
+    """Return the largest difference of each prediction and of the score. Differences of values over 1 are relative.
 
     Args:
         base: Outputs of the original model.
@@ -113,7 +110,7 @@ TOLERANCE = 1e-5
 _LARGEST = float(np.log(np.finfo(np.float64).max))
 
 
-class ExportModule(nn.Module):
+class _ExportModule(nn.Module):
     """The computation from encoded inputs to scores, for export. All experts run on all rows, so nothing branches."""
 
     def __init__(self, ranker: Ranker) -> None:
@@ -127,20 +124,12 @@ class ExportModule(nn.Module):
         self._calibration, self._trees = ranker.calibration, ranker.model.trees
 
     def forward(self, inputs: Mapping[str, Tensor], tree_logits: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the outputs for N candidates.
-
-        Args:
-            inputs: Arrays as `build_onnx_inputs` returns them.
-            tree_logits: Logits of the trees, (N, T) float32, if the model has trees.
-
-        Returns:
-            The outputs of `dense`.
-        """
+        """Compute the outputs of `_dense` from the arrays of `build_onnx_inputs` and the (N, T) logits of the trees."""
         tables, layout, embedded = self.model.tables, self._layout, list[Tensor]()
         assert isinstance(tables, PlainTables)
         ids = {name.removeprefix("ids."): values for name, values in inputs.items() if name.startswith("ids.")}
         if "ids" in inputs:
-            ids |= dict(zip(single_id_names(layout), inputs["ids"].unbind(1), strict=True))
+            ids |= dict(zip(_single_id_names(layout), inputs["ids"].unbind(1), strict=True))
         for name in layout.id_names(placement=False):
             rows = tables.rows(tables.table_of[name], ids[name].clamp(min=0))
             if rows.dim() == 3:
@@ -148,28 +137,18 @@ class ExportModule(nn.Module):
                 rows = (rows * present).sum(1) / present.sum(1).clamp(min=1)
             embedded.append(rows)
         numbers = [inputs["numbers"]] if "numbers" in inputs else []
-        return self.dense(torch.cat([*embedded, *numbers], dim=1), tree_logits)
+        return self._dense(torch.cat([*embedded, *numbers], dim=1), tree_logits)
 
-    def dense(self, inputs: Tensor, tree_logits: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the outputs from looked-up inputs.
-
-        Args:
-            inputs: Inputs of the model, (N, W) float32.
-            tree_logits: Logits of the trees, (N, T) float32, if the model has trees.
-
-        Returns:
-            Predictions of tasks and then of joint outcomes, (N, P); log scores and scores, (N,) float64.
-        """
+    def _dense(self, inputs: Tensor, tree_logits: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute predictions of tasks and then of joint outcomes, (N, P); log scores and scores, (N,) float64."""
         model, tasks = self.model, self._layout.tasks
         logits = model.forward_inputs(inputs[:, : model.width], None).logits
         if self._trees is not None and tree_logits is not None:
             logits = self._trees.blend(logits, model.to_label_units(tree_logits.to(logits)), self._names)
         logits, kinds = self._calibration.apply(logits, self._names), [task.kind for task in tasks]
         values, logs = predictions(logits, kinds), log_predictions(logits.double(), kinds)
-        joint = [
-            (values[:, condition] * values[:, task]).unsqueeze(1)
-            for condition, task in self._layout.joint_outcomes.values()
-        ]
+        pairs = self._layout.joint_outcomes.values()
+        joint = [(values[:, condition] * values[:, task]).unsqueeze(1) for condition, task in pairs]
         log_score = (logs * logs.new_tensor([task.score_weight for task in tasks])).sum(1)
         return torch.cat([values, *joint], dim=1), log_score, log_score.clamp(max=_LARGEST).exp()
 
@@ -190,13 +169,12 @@ def write_onnx(folder: Path, out: Path) -> dict[str, Any]:
     ranker = Ranker.load(folder)
     if ranker.layout.attention:
         history = ranker.layout.attention[0].history
-        raise UserError(
-            f"feature '{history}' is pooled by attention, which ONNX export lacks. Train with pooling: mean."
-        )
+        problem = f"feature '{history}' is pooled by attention, which ONNX export lacks"
+        raise UserError(f"{problem}. Train with pooling: mean.")
     request, layout, trees = read_example(folder), ranker.layout, ranker.model.trees
     example, outputs = encode_request(ranker, request), outputs_in_request_order(ranker.rank(**request))
-    has_trees = trees is not None and bool(trees.texts)  # the trees may have no task
-    _export(ExportModule(ranker), example, len(ranker.task_names) if has_trees else 0).save(out / MODEL_FILE)
+    has_trees = trees is not None and bool(trees.texts)  # Every task may lack trees.
+    _export(_ExportModule(ranker), example, len(ranker.task_names) if has_trees else 0).save(out / MODEL_FILE)
     if trees is not None and has_trees:
         add_trees(out / MODEL_FILE, trees, ranker.task_names)
     names = [name for name in outputs if name != "score"]
@@ -207,7 +185,7 @@ def write_onnx(folder: Path, out: Path) -> dict[str, Any]:
     description = {
         "model": ranker.info.name,
         "fingerprint": ranker.info.fingerprint,
-        "ids": single_id_names(layout),
+        "ids": _single_id_names(layout),
         "numbers": layout.dense_names(placement=False),
         "predictions": names,
         "weights": {task.name: task.score_weight for task in layout.tasks},
@@ -218,7 +196,7 @@ def write_onnx(folder: Path, out: Path) -> dict[str, Any]:
     shutil.copyfile(Path(__file__).with_name("onnx.md"), out / "README.md")
     differences = max_relative_differences(outputs, load_onnx(out)(example))
     for name, difference in differences.items():
-        if not difference <= TOLERANCE:  # nor NaN
+        if not difference <= TOLERANCE:  # This refuses NaN too.
             raise UserError(
                 f"The ONNX file of '{folder}' differs from the model: for the model's example, '{name}' "
                 f"is off by {difference:.2g}. Use the model itself, and report this error."
@@ -226,7 +204,7 @@ def write_onnx(folder: Path, out: Path) -> dict[str, Any]:
     return {"max_difference": differences}
 
 
-def _export(graph: ExportModule, example: Mapping[str, np.ndarray], tree_logits: int) -> torch.onnx.ONNXProgram:
+def _export(graph: _ExportModule, example: Mapping[str, np.ndarray], tree_logits: int) -> torch.onnx.ONNXProgram:
     """Export a module to an ONNX graph for inputs like an example. With trees, `tree_logits` is the number of tasks."""
     tensors, sizes, candidates = dict[str, Tensor](), dict[str, Any](), torch.export.Dim("candidates")
     for name, array in example.items():
@@ -235,7 +213,7 @@ def _export(graph: ExportModule, example: Mapping[str, np.ndarray], tree_logits:
         tensors[name] = torch.from_numpy(np.resize(array, (7, 3 if list_length else array.shape[1])))
         sizes[name] = {0: candidates, **list_length}
     tree_inputs = {"tree_logits": torch.zeros(7, tree_logits)} if tree_logits else {}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # hide messages about unused libraries
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # Hide messages about unused libraries.
     with warnings.catch_warnings(action="ignore"):
         try:
             program = torch.onnx.export(
@@ -248,7 +226,7 @@ def _export(graph: ExportModule, example: Mapping[str, np.ndarray], tree_logits:
                 output_names=list(OUTPUT_NAMES),
                 dynamic_shapes={"inputs": sizes, **{name: {0: candidates} for name in tree_inputs}},
             )
-        except Exception as error:  # the exporter raises many types
+        except Exception as error:  # The exporter raises many types of errors.
             raise UserError(f"torch's exporter can't turn this model into ONNX: {one_line(error)[:200]}") from error
     assert program is not None
     return program
@@ -257,8 +235,8 @@ def _export(graph: ExportModule, example: Mapping[str, np.ndarray], tree_logits:
 def add_trees(path: Path, trees: Trees, names: Sequence[str]) -> None:
     """Put the trees of a model's tasks into its ONNX file, replacing the input `tree_logits`.
 
-    Trees read the graph's input `numbers` and then the first columns of `ids` (`single_id_names`). The graph needs tree
-    logits for every task. A task without trees gets the trees of another task, but `Trees.blend` gives them no weight.
+    Trees read the graph's input `numbers` and then the first columns of `ids`. The graph needs tree logits for every
+    task. A task without trees gets the trees of another task, but `Trees.blend` gives them no weight.
 
     Args:
         path: ONNX file to change.
@@ -287,16 +265,14 @@ def _tree_attributes(trees: Sequence[Tree]) -> dict[str, list[Any]]:
     """Return trees as attributes of a TreeEnsembleRegressor."""
     nodes, leaves = list[dict[str, Any]](), list[dict[str, Any]]()
     for number, tree in enumerate(trees):
-        # Number nodes as splits (the root is 0), leaves, then the extra nodes that sets of IDs need.
+        # Number the nodes: first splits (the root is 0), then leaves, then the extra nodes of splits by several IDs.
         splits, next_id = len(tree.features), 2 * len(tree.features) + 1
         left, right = (np.where(child >= 0, child, splits + ~child).tolist() for child in (tree.left, tree.right))
         for split, feature in enumerate(tree.features.tolist()):
             is_categorical = tree.is_categorical[split]
-            values = [
-                float(edge)
-                for edge in (tree.left_categories(split) if is_categorical else tree.edges[split : split + 1])
-            ]
-            node_ids = [split, *range(next_id, next_id + len(values) - 1)]  # nodes of one split, one for each category
+            edges: Any = tree.left_categories(split) if is_categorical else tree.edges[split : split + 1]
+            values = [float(edge) for edge in edges]
+            node_ids = [split, *range(next_id, next_id + len(values) - 1)]  # One node for each category of a split.
             next_id += len(values) - 1
             base = {"treeids": number, "featureids": feature, "truenodeids": left[split]}
             base["modes"] = "BRANCH_EQ" if is_categorical else "BRANCH_LEQ"
@@ -310,8 +286,8 @@ def _tree_attributes(trees: Sequence[Tree]) -> dict[str, list[Any]]:
     return attributes | {f"target_{name}": [entry[name] for entry in leaves] for name in leaves[0]}
 
 
-def single_id_names(layout: ModelLayout) -> list[str]:
-    """Return the columns of the input `ids`: inputs with one ID per row. The IDs that trees read come first."""
+def _single_id_names(layout: ModelLayout) -> list[str]:
+    """Return the names of the inputs with one ID per row, which are the columns of `ids`. IDs for trees come first."""
     tree_ids = layout.single_ids()
     single = [id_input.name for id_input in layout.ids if not id_input.is_list and not id_input.placement]
     return [*tree_ids, *(name for name in single if name not in tree_ids)]
@@ -349,7 +325,7 @@ def build_onnx_inputs(
     """
     ids: dict[str, Any] = {name: values.take(request_index) for name, values in requests.ids.items()} | candidates.ids
     dense = {name: values.take(request_index) for name, values in requests.dense.items()} | candidates.dense
-    single, numbers, arrays = single_id_names(layout), layout.dense_names(placement=False), dict[str, np.ndarray]()
+    single, numbers, arrays = _single_id_names(layout), layout.dense_names(placement=False), dict[str, np.ndarray]()
     if single:
         arrays["ids"] = np.stack([ids[name] for name in single], axis=1)
     for column in (column for column in layout.ids if column.is_list and not column.placement):

@@ -1,12 +1,9 @@
 """The served MLflow model, as a script that MLflow runs (models from code), so that no pickle is written.
 
-A request is `{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}`. Each element of
-`inputs` gets one ranking. `task_weights`, `top_k`, `gate_top_k`, `mask_experts` and `explain` may be set in an element,
-or for all elements in `params`. Options in the element take precedence. MLflow drops unknown keys of `params` before
-the model sees them, but unknown keys in an element are errors.
-
-A data frame has one row per candidate (`group_rows_by_request`), and so does its reply. `predict` also takes a single
-request, a list of requests, or `{"inputs": [...]}` as in the model's `example_request.json`.
+A call is `{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}`. Each element of
+`inputs` is a request and gets one ranking. The options `task_weights`, `top_k`, `gate_top_k`, `mask_experts` and
+`explain` may be in a request, or in `params` for all requests of the call. Options in the request take precedence.
+MLflow drops unknown keys of `params` before the model sees them, but unknown keys in a request are errors.
 """
 
 import json
@@ -65,37 +62,35 @@ class RankingPythonModel(PythonModel):
 
         Args:
             context: Not used.
-            model_input: A request, a list of requests, the body of a call, or a data frame.
+            model_input: A request, a list of requests, the body of a call, or a data frame with one row per candidate
+                (`group_rows_by_request`) or per request.
             params: Options for all requests.
 
         Returns:
-            One ranking per request (see `Ranking`), or a table of predictions for a data frame with one row per
-            candidate.
+            One ranking per request (see `Ranking`). For a data frame with one row per candidate, a row for each row.
 
         Raises:
             BadRequestError: A request is invalid.
             MlflowException: A prediction is NaN or infinite.
         """
         try:
+            params = params or {}
             if isinstance(model_input, pd.DataFrame) and "candidates" not in model_input:
                 columns = [model_input.iloc[:, index] for index in range(model_input.shape[1])]
-                elements, rows = group_rows_by_request(
-                    self.ranker.reader, [*model_input.columns], columns, params or {}
-                )
-                replies = self._rank(elements, params or {}, rows)
+                elements, rows = group_rows_by_request(self.ranker.reader, [*model_input.columns], columns, params)
+                replies = self._rank(elements, params, rows)
                 return pd.DataFrame(flatten_rankings(replies, rows), model_input.index)
             if isinstance(model_input, pd.DataFrame):
                 model_input = model_input.to_dict("records")  # one request per row
             if isinstance(model_input, dict) and "inputs" in model_input:  # body of a call
                 if extra_key := next((name for name in model_input if name != "inputs"), None):
-                    raise RequestError(
-                        f"predict: {quoted(extra_key)} is not allowed next to 'inputs'. Pass the argument params."
-                    )
+                    problem = f"{quoted(extra_key)} is not allowed next to 'inputs'"
+                    raise RequestError(f"predict: {problem}. Pass the argument params.")
                 model_input = model_input["inputs"]
             elements = [model_input] if isinstance(model_input, dict) else to_python_list(model_input)
             if not isinstance(elements, list):
                 raise RequestError("'inputs' must be a list of requests")
-            return self._rank(elements, params or {})
+            return self._rank(elements, params)
         except RequestError as error:
             raise BadRequestError(str(error)) from None
         except RuntimeError as error:

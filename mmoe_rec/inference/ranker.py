@@ -1,8 +1,7 @@
 """`Ranker` answers requests with a model in memory: encode the rows, score them, calibrate and sort.
 
-A ranker runs on the CPU, where rows are encoded. The few hundred rows of a request don't justify a GPU, and servers
-need none. To score millions of rows, move the `model` of a ranker to a GPU and pass it batches. This module needs
-torch, but not torchrec, torch.distributed or mlflow.
+A ranker runs on the CPU, since a request of a few hundred rows doesn't justify a GPU. This module needs torch, but not
+torchrec, torch.distributed or mlflow.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -58,7 +56,7 @@ if TYPE_CHECKING:
 
 
 class PredictionMismatchError(UserError):
-    """An intact model gives different predictions here, because of this machine or its packages."""
+    """An unmodified model gives different predictions here than where it was written."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +75,7 @@ class LiveState:
 
 
 class _CheckedRequest(NamedTuple):
-    """A request with checked options.
-
-    Attributes:
-        number: Index of the request in its call.
-        request: The request.
-        weights: Weights of the tasks in the score, (T,) float64.
-        experts: Expert options.
-    """
+    """A request with its index in the call, task weights, (T,) float64, and expert options, all checked."""
 
     number: int
     request: Request
@@ -95,13 +86,12 @@ class _CheckedRequest(NamedTuple):
 class Ranker:
     """A loaded model with its features and calibration.
 
-    Several threads may rank, score and apply events with one ranker. All features that change with events are in one
-    immutable object (`LiveState`). A call reads it once, so its answer never mixes features before and after an event.
+    Several threads may use one ranker at the same time. All features that change with live events are in one immutable
+    `LiveState`. A call reads it once, so its answer never mixes features from before and after an event.
 
     Attributes:
         version: Version ID of the artifact (`artifact_version`).
-        keep_inputs: Whether rankings keep a request ID and the features of their request (`Ranking.ranked_request`).
-            Request logs need them.
+        keep_inputs: Whether rankings have `request_id` and `ranked_request`, which request logs need.
     """
 
     def __init__(self, folder: Path, info: ArtifactInfo, version: str = "") -> None:
@@ -169,17 +159,14 @@ class Ranker:
         return ranker
 
     def _check_example(self, folder: Path) -> None:
-        """Raise PredictionMismatchError unless the folder's example gets its stored scores.
-
-        This also builds the indexes that encoders build on first use, so that no request waits for them.
-        """
+        """Compare the example's scores with the stored ones. This also builds the lazy indexes of encoders."""
         actual, expected = self.score_example(folder), ExampleScores.read(folder)
         if difference := expected.describe_difference(actual, self.info.tasks, self.calibration):
             versions = ", ".join(f"{name} {version}" for name, version in expected.computed_with.items())
             raise PredictionMismatchError(
                 f"The model in '{folder}' gives different predictions here than where it was written: for "
-                f"{EXAMPLE_FILE}, "
-                f"{difference}. It was written with {versions}. Install these versions, or train again here."
+                f"{EXAMPLE_FILE}, {difference}. It was written with {versions}. Install these versions, or train again "
+                "here."
             )
 
     def score_example(self, folder: Path) -> ExampleScores:
@@ -188,10 +175,7 @@ class Ranker:
             return ExampleScores.of(self.rank(**read_example(folder)), self.info.tasks)
 
     def apply_serving_settings(self, serving: Mapping[str, Any]) -> None:
-        """Override max_candidates, stale_after_days and matmul_backend of the artifact.
-
-        A new matmul backend takes effect in `apply_matmul_backend`.
-        """
+        """Override settings of the artifact. A new `matmul_backend` takes effect in `apply_matmul_backend`."""
         self.info = replace(self.info, **serving)
         self.reader.max_candidates = self.info.max_candidates
 
@@ -207,11 +191,7 @@ class Ranker:
         return tables_as_of_us(self.info)
 
     def build_state(self, rows: Mapping[str | None, LogRows]) -> LiveState:
-        """Build the live state that includes further rows, for `set_state`.
-
-        Args:
-            rows: Rows with all their columns, by event log. The key None is the interaction log.
-        """
+        """Build the live state that includes further rows by event log. The key None is the interaction log."""
         previous, rows = self._state, {source: part for source, part in rows.items() if len(part)}
         pipeline, reader = previous.pipeline, copy(previous.reader)
         if None in rows:
@@ -264,10 +244,9 @@ class Ranker:
         return answer
 
     def rank_many(self, requests: Sequence[Request | RequestError]) -> list[Ranking | RequestError]:
-        """Rank the candidates of each request. An invalid request gets its error instead of a ranking.
+        """Rank the candidates of each request. Invalid requests, and errors among `requests`, get errors.
 
-        Requests with the same columns and expert options are scored together. A RequestError in `requests` is returned
-        at the same position.
+        Requests with the same columns and expert options are scored together.
         """
         state = self._state
         answers: dict[int, Ranking | RequestError] = {}
@@ -276,7 +255,8 @@ class Ranker:
             try:
                 if isinstance(request, RequestError):
                     raise request
-                weights, experts = self.check_options(request)
+                weights = resolve_task_weights(self.layout.tasks, request.task_weights)
+                experts = self.scorer.check_expert_options(request.gate_top_k, request.mask_experts)
                 group = groups.setdefault((experts, request.columns), [])
                 group.append(_CheckedRequest(number, request, weights, experts))
             except RequestError as error:
@@ -285,11 +265,6 @@ class Ranker:
             for batch in _split_batches(group):
                 answers.update(zip((checked.number for checked in batch), self._rank(state, batch), strict=True))
         return [answers[number] for number in range(len(requests))]
-
-    def check_options(self, request: Request) -> tuple[np.ndarray, ExpertOptions]:
-        """Return a request's task weights, (T,) float64, and expert options. Raises RequestError if one is invalid."""
-        weights = resolve_task_weights(self.layout.tasks, request.task_weights)
-        return weights, self.scorer.check_expert_options(request.gate_top_k, request.mask_experts)
 
     def _rank(self, state: LiveState, batch: Sequence[_CheckedRequest]) -> Sequence[Ranking | RequestError]:
         try:
@@ -329,15 +304,11 @@ class Ranker:
         unknown_candidates = np.bincount(rows.request_index, is_unknown, len(batch)).astype(int).tolist()
         unknown_users = (rows.shared.unseen(names.user) & names.has_user).astype(int).tolist()
         sorted_values = scored.predictions[order].astype(np.float64)
-        predictions = {
-            task: values.tolist() for task, values in add_joint_predictions(sorted_values, self.layout).items()
-        }
+        joint = add_joint_predictions(sorted_values, self.layout)
+        predictions = {task: values.tolist() for task, values in joint.items()}
         log_values, scores = log_scores[order].tolist(), scores_from_log_scores(log_scores[order]).tolist()
         sorted_rows, positions = order.tolist(), (order - starts[rows.request_index]).tolist()
         times = rows.shared.times().tolist()
-        check_time = (
-            partial(check_request_time, self.info, state.updated_until) if pipeline.point_in_time_encoders else None
-        )
         explain_inputs = pipeline.explain(rows) if scored.gates is not None else None
         id_column, request_ids = names.request, [None] * len(batch)
         if id_column is not None and rows.shared.has_column(id_column):
@@ -350,7 +321,9 @@ class Ranker:
             if checked.request.top_k is not None:
                 end = min(end, start + checked.request.top_k)
             request_id = new_request_id(integer_ids) if request_ids[index] is None else request_ids[index]
-            explanations = None
+            explanations, warnings = None, list(scored.warnings)
+            if pipeline.point_in_time_encoders:
+                warnings += check_request_time(self.info, state.updated_until, request_time)
             if explain_inputs is not None and checked.request.explain:
                 explanations = build_explanations(scored, explain_inputs, self.task_names, sorted_rows[start:end])
             rankings.append(
@@ -362,7 +335,7 @@ class Ranker:
                     order=positions[start:end],
                     request_time=iso_time(request_time),
                     tables_as_of=self.info.tables_as_of,
-                    warnings=[*scored.warnings, *(check_time(request_time) if check_time else ())],
+                    warnings=warnings,
                     model={"name": self.info.name, "version": self.version},
                     explanations=explanations,
                     unknown_ids={"user": unknown_users[index], "candidate": unknown_candidates[index]},
@@ -377,9 +350,8 @@ class Ranker:
     def score(self, rows: Rows, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Score rows of the interaction log. They need no labels.
 
-        Counters and histories are as of each row's request. The tables can't leave out events, though. For a row that
-        was requested before the end of the tables, counters and histories are as of the end of the tables and include
-        events after the request.
+        Counters and histories are as of each row's request. For a request before the end of the model's tables, they
+        are as of the end of the tables, and include events after the request.
 
         Args:
             rows: N rows with the log's columns.
@@ -405,19 +377,14 @@ class Ranker:
         return scored.predictions, scored.log_predictions @ weights
 
     def score_table(self, rows: Rows) -> pa.Table:
-        """Score rows as `score` does.
-
-        Returns:
-            Table with the keys of the rows, a column `predicted_NAME` for each task and each joint label, and `score`.
-        """
+        """Return rows' keys, a column `predicted_NAME` for each task and joint label, and `score` (see `score`)."""
         rows = read_rows(self.pipeline, rows)
         return scored_table(rows, *self.score(rows), self.layout)
 
 
 def _split_batches(group: Sequence[_CheckedRequest]) -> Iterator[Sequence[_CheckedRequest]]:
     """Split requests into batches of at most FEATURE_BATCH_ROWS candidates. A larger request is a batch by itself."""
-    batch: list[_CheckedRequest] = []
-    num_rows = 0
+    batch, num_rows = list[_CheckedRequest](), 0
     for checked in group:
         if batch and num_rows + checked.request.candidate_count > FEATURE_BATCH_ROWS:
             yield batch

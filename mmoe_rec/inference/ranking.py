@@ -28,14 +28,14 @@ _JAVASCRIPT_BITS = 53
 
 @dataclass(frozen=True)
 class Explanation:
-    """Origin of one candidate's predictions.
+    """Values that explain one candidate's predictions.
 
     Attributes:
         uncalibrated: Prediction before calibration, by task.
         calibrated: Prediction after calibration, by task.
-        gates: Weight of each expert of the last level, by task.
+        gates: Weight of each expert of the last level of experts, by task.
         counters: Counter values before standardization, by input. None if a value is missing.
-        histories: IDs by feature, oldest first. An ID without its own table row is None, and so is a missing history.
+        histories: IDs by feature, oldest first. An ID outside the vocabulary is None, and so is a missing history.
     """
 
     uncalibrated: dict[str, float]
@@ -52,7 +52,7 @@ def new_request_id(integer: bool) -> int | str:
 
 @dataclass(frozen=True, eq=False)
 class RankedRequest:
-    """One request of a batch that was ranked together.
+    """One of the requests that were ranked together in a batch.
 
     Attributes:
         rows: Rows of the whole batch.
@@ -83,20 +83,18 @@ _OPTIONAL_FIELDS = ("explanations", "request_id")
 
 @dataclass(frozen=True)
 class Ranking:
-    """Candidates, best first. Equal scores keep the request's order.
-
-    Replies leave out the attributes in `INTERNAL_FIELDS`.
+    """Candidates of a request, best first. Equal scores keep the request's order.
 
     Attributes:
         candidates: IDs of the candidates.
         scores: exp(sum of weight x log prediction).
-        log_scores: Logarithms of the scores. They still differ if scores are too small or too large for a float.
-        predictions: Predictions by the name of the task. A task with `conditional_on` also has the joint prediction
-            `CONDITION_and_TASK`, the probability of both labels (see `add_joint_predictions`).
+        log_scores: Logarithms of the scores, for scores that are too small or too large for a float.
+        predictions: Predictions by task, and by `CONDITION_and_TASK` for tasks with `conditional_on`: the probability
+            of both labels (see `add_joint_predictions`).
         order: Position that each candidate had in the request.
         request_time: ISO time of the request.
         tables_as_of: ISO time of the last logged request in the model's tables. None if the log has no times.
-        warnings: Sentences about tasks without experts and about the request's time (`check_request_time`).
+        warnings: Sentences about tasks without a usable expert, and about the request's time.
         model: The artifact's `name` and `version` (`artifact_version`).
         explanations: An explanation for each candidate, if the request asked for explanations.
         unknown_ids: Number of unknown IDs of `user` and `candidate`.
@@ -120,11 +118,8 @@ class Ranking:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the ranking as JSON values, without internal fields. Absent explanations and IDs are left out."""
-        tree = {
-            attribute.name: getattr(self, attribute.name)
-            for attribute in fields(self)
-            if attribute.name not in INTERNAL_FIELDS
-        }
+        names = [attribute.name for attribute in fields(self) if attribute.name not in INTERNAL_FIELDS]
+        tree = {name: getattr(self, name) for name in names}
         if self.explanations is not None:
             tree["explanations"] = [dict(vars(explanation)) for explanation in self.explanations]
         return {name: value for name, value in tree.items() if value is not None or name not in _OPTIONAL_FIELDS}
@@ -182,7 +177,7 @@ def check_request_time(info: ArtifactInfo, updated_until: int, time: int) -> lis
     return []
 
 
-# Number of a scored row in its log, from 0. It identifies the rows of a log without candidates.
+# Column with a row's number in its log, from 0. It identifies the rows of a log without candidate IDs.
 ROW_NUMBER_COLUMN = "row"
 
 
@@ -195,19 +190,17 @@ def scored_table(rows: LogRows, values: np.ndarray, log_scores: np.ndarray, layo
     """Build a table with the keys, predictions and scores of N rows.
 
     Args:
-        rows: Rows with the key columns. Without candidates, the number of the row (`ROW_NUMBER_COLUMN`) is a key.
+        rows: Rows with the key columns. Without candidate IDs, `ROW_NUMBER_COLUMN` is a key.
         values: Predictions, (N, T).
         log_scores: Log scores, (N,).
         layout: Names of tasks and joint outcomes.
     """
-    from mmoe_rec.model.score import add_joint_predictions, scores_from_log_scores  # imports torch
+    from mmoe_rec.model.score import add_joint_predictions, scores_from_log_scores  # Imports torch.
 
     columns = {name: rows.column(name) for name in rows.schema.columns.names if rows.has_column(name)}
     if rows.has_column(NO_CANDIDATE):
         columns[ROW_NUMBER_COLUMN] = rows.column(NO_CANDIDATE)
-    for name, predictions in zip(
-        prediction_columns(layout), add_joint_predictions(values, layout).values(), strict=True
-    ):
-        columns[name] = pa.array(predictions)
+    predictions = map(pa.array, add_joint_predictions(values, layout).values())
+    columns |= zip(prediction_columns(layout), predictions, strict=True)
     columns["score"] = pa.array(scores_from_log_scores(log_scores))
     return pa.table(columns)

@@ -1,7 +1,4 @@
-"""Requests (a candidate list for one user in one context), and their conversion to rows for the features.
-
-A call may also send its requests as one table with a row for each candidate.
-"""
+"""Requests (a candidate list for one user in one context), and their conversion to rows for the features."""
 
 from __future__ import annotations
 
@@ -38,26 +35,22 @@ _EXPECTED |= {"mask_experts": "a list of integers", "explain": "true or false"}
 
 
 class Request(BaseModel):
-    """A user, a context and columns of candidates, with options.
-
-    Unknown keys are errors. Candidate columns given as arrays or data frames become lists, and numpy scalars become
-    Python scalars.
-    """
+    """A user, a context and columns of candidates, with options. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     user: dict[str, Any]
     context: dict[str, Any] = Field(default_factory=dict)
-    candidates: dict[str, Any]  # `RequestReader` checks the columns
+    candidates: dict[str, Any]  # `RequestReader` checks the columns.
     task_weights: dict[str, Any] | None = None
     top_k: int | None = Field(None, ge=1)
     gate_top_k: int | None = Field(None, ge=1)
-    mask_experts: list[Any] | None = None  # the scorer checks the items, as pydantic would list every wrong one
+    mask_experts: list[Any] | None = None  # The scorer checks the items. Pydantic would list every wrong one.
     explain: bool | None = None
 
     @staticmethod
     def of(element: Any, params: Mapping[str, Any] = {}) -> Request:
-        """Parse one element of the `inputs` of a call.
+        """Parse one element of the `inputs` of a call. Arrays and data frames become lists.
 
         Args:
             element: Mapping with the fields of a request.
@@ -68,21 +61,17 @@ class Request(BaseModel):
         """
         if not isinstance(element, Mapping):
             raise RequestError("a request must be an object with the keys user, context and candidates")
-        for name in element:  # checked here because pydantic would list every unknown key
+        for name in map(str, element):  # Checked here because pydantic would list every unknown key.
             if name not in Request.model_fields:
-                raise RequestError(
-                    f"a request has no key {quoted(str(name))}; {suggest(str(name), Request.model_fields)}"
-                )
+                raise RequestError(f"a request has no key {quoted(name)}; {suggest(name, Request.model_fields)}")
         # MLflow's server converts the parts of a request to arrays.
         fields = {
             name: numpy_to_python(value) if name in REQUEST_OPTIONS else to_python_list(value)
             for name, value in element.items()
         }
-        fields |= {
-            name: numpy_to_python(value)
-            for name, value in params.items()
-            if name in REQUEST_OPTIONS and fields.get(name) is None
-        }
+        for name in REQUEST_OPTIONS:
+            if name in params and fields.get(name) is None:
+                fields[name] = numpy_to_python(params[name])
         columns: Any = fields.get("candidates")
         if hasattr(columns, "items"):  # a dict, or a data frame
             pairs = [(name, to_python_list(values)) for name, values in columns.items()]
@@ -100,7 +89,7 @@ class Request(BaseModel):
 
     @property
     def columns(self) -> tuple[tuple[str, ...], ...]:
-        """Column names by part. Requests with equal column names can be read together."""
+        """Column names of user, context and candidates. Requests with equal names can be read together."""
         return tuple(self.user), tuple(self.context), tuple(self.candidates)
 
     @property
@@ -144,8 +133,7 @@ def group_rows_by_request(
         params: Options of the call.
 
     Returns:
-        The elements of the call, with an error in place of an inconsistent request; and the row numbers of each
-        element.
+        A request, or the error of an inconsistent request, for each ID; and the row numbers of each request.
 
     Raises:
         RequestError: A column is unknown or occurs twice, or an option's reply wouldn't have one row per candidate.
@@ -156,11 +144,11 @@ def group_rows_by_request(
     roles = {name: reader.role_of(name, "the data frame") for name in names}
     if (duplicate := find_duplicate(names)) is not None:
         raise RequestError(f"the data frame has column {quoted(duplicate)} twice")
-    values = {name: reader.read_frame_column(name, column) for name, column in zip(names, columns, strict=True)}
+    values = {name: reader._read_frame_column(name, column) for name, column in zip(names, columns, strict=True)}
     request, groups = reader.schema.columns.request, dict[str, list[int]]()
     for row, request_id in enumerate(values.get(request or "", [None] * max(map(len, values.values()), default=0))):
         groups.setdefault(repr(request_id), []).append(row)
-    if len(groups) > 1 and (rows := groups.get(repr(None))):  # rows without ID may belong to several requests
+    if len(groups) > 1 and (rows := groups.get(repr(None))):  # Rows without ID may belong to several requests.
         raise RequestError(f"column '{request}' is null in row {rows[0]}: give each row the id of its request")
     elements: list[Any] = []
     for rows in groups.values():
@@ -191,7 +179,7 @@ def format_request_error(error: RequestError, index: int, count: int, rows: Sequ
 
 
 def flatten_rankings(replies: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """Flatten rankings or errors into one JSON object per row of the request table, in row order.
+    """Turn the rankings or errors of a table's requests into one JSON object for each row, in the table's order.
 
     Args:
         replies: Rankings or errors as JSON values, one for each request.
@@ -234,10 +222,9 @@ def resolve_task_weights(tasks: Sequence[ModelTask], overrides: Mapping[str, Any
             raise RequestError(f"task_weights names {quoted(name)}, which is no task or objective; {hint}")
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise RequestError(f"task_weights: the weight of '{name}' must be a number, found {quoted(weight)}")
-        if not 0 <= weight <= 1e6:  # nor NaN
-            raise RequestError(
-                f"task_weights: the weight of '{name}' must lie between 0 and 1,000,000, found {quoted(weight)}"
-            )
+        if not 0 <= weight <= 1e6:  # This refuses NaN too.
+            problem = f"must lie between 0 and 1,000,000, found {quoted(weight)}"
+            raise RequestError(f"task_weights: the weight of '{name}' {problem}")
     weights = np.array([float(overrides.get(task.name, task.score_weight)) for task in tasks])
     weights *= [float(overrides.get(task.objective, 1)) if task.objective in objectives else 1.0 for task in tasks]
     if overrides and not weights.any():
@@ -246,16 +233,8 @@ def resolve_task_weights(tasks: Sequence[ModelTask], overrides: Mapping[str, Any
 
 
 @dataclass(frozen=True)
-class RequestColumn:
-    """A column of a request.
-
-    Attributes:
-        name: Name of the column.
-        role: Part of the request that the column describes.
-        use: Use of the column by the features.
-        expected: Type of the column in the log. None allows all types that fit `use`.
-        is_boolean: Whether the log contains true and false.
-    """
+class _RequestColumn:
+    """A column of a request, with its type in the log if the log has it (`expected`)."""
 
     name: str
     role: Role
@@ -265,16 +244,13 @@ class RequestColumn:
 
 
 class RequestReader:
-    """Checks requests and fills in missing values from the latest values of users and candidates.
+    """Checks requests and fills in absent columns from the latest values of users and candidates.
 
-    Given values take precedence, and a given null means missing. Other values of unknown users and candidates and of
-    the context are null. The request's time defaults to now.
+    A given null stays null. Absent columns of the context, and of unknown users and candidates, are null. The request's
+    time defaults to now. Requests to the model of a plain table, which has no IDs, must contain all columns.
 
-    Besides the log's columns, a request may contain its ID, if the log has one, and precomputed values. Precomputed
-    values replace the values in the model's tables: counters under the names of their outputs (such as
-    `user_product_log_sum`), and histories under the feature's name, oldest first.
-
-    A plain table has no IDs of users or candidates, so requests to its model must contain all attributes.
+    A request may also contain its ID and precomputed values, which replace values of the model's tables: counters under
+    the names of their outputs (such as `user_product_log_sum`), and histories under the feature's name, oldest first.
     """
 
     def __init__(self, pipeline: FeaturePipeline, features: Path, max_candidates: int) -> None:
@@ -298,17 +274,17 @@ class RequestReader:
             typed = (column for column in values.table.schema if not pt.is_null(column.type))
             types |= {column.name: column.type for column in typed if column.type != UTC_MICROSECONDS}
         self._columns = {
-            name: RequestColumn(name, role, uses[name], types.get(name), name in pipeline.booleans)
+            name: _RequestColumn(name, role, uses[name], types.get(name), name in pipeline.booleans)
             for name, role in inputs.items()
             if role != "placement"
         }
         self._log_columns = list(self._columns)
-        # Features read the log's own column if a precomputed value has the same name.
+        # A column of the log takes precedence over a precomputed value of the same name.
         for name, memory in pipeline.point_in_time_encoders.items():
             for column, (use, dtype) in memory.result_columns().items():
-                self._columns.setdefault(column, RequestColumn(column, schema.role_of(name), use, dtype))
-        if (request := names.request) is not None:  # no feature reads the ID, but the server logs it
-            self._columns.setdefault(request, RequestColumn(request, "context", "key", types.get(request)))
+                self._columns.setdefault(column, _RequestColumn(column, schema.role_of(name), use, dtype))
+        if (request := names.request) is not None:  # No feature reads the ID, but the server logs it.
+            self._columns.setdefault(request, _RequestColumn(request, "context", "key", types.get(request)))
         self._ignored = {n: r for n, r in schema.column_roles.items() if n not in inputs and n not in self._columns}
 
     def describe_parts(self) -> dict[str, dict[str, str]]:
@@ -319,7 +295,7 @@ class RequestReader:
         }
 
     def rows(self, requests: Sequence[Request]) -> RequestRows:
-        """Return a row for each candidate, in order, of at least one request. All requests must have equal columns.
+        """Return the rows of all candidates of at least one request. The requests must have equal `columns`.
 
         Raises:
             RequestError: A column is invalid. The error names the column but not the request.
@@ -340,7 +316,7 @@ class RequestReader:
         request_index = np.repeat(np.arange(len(requests)), counts)
         if not names.has_user:
             request_columns[names.user] = pa.array(np.arange(len(requests)))
-        if not names.has_candidate:  # number the candidates of each request instead
+        if not names.has_candidate:  # Number the candidates of each request instead.
             candidate_columns[names.candidate] = pa.array(np.concatenate([np.arange(count) for count in counts]))
         request_values = self.users.fill_missing_columns(request_columns)
         candidate_values = self.candidates.fill_missing_columns(candidate_columns)
@@ -350,7 +326,7 @@ class RequestReader:
         return RequestRows(ServingRows(request_values, len(requests), self.schema), candidate_values, request_index)
 
     def fill_attributes(self, rows: LogRows) -> LogRows:
-        """Add missing attribute columns with the latest values. Unknown IDs get null."""
+        """Add missing attribute columns with the latest values, null for unknown users and candidates."""
         table = rows.table
         for latest_values in (self.users, self.candidates):
             if missing := [name for name in latest_values.columns if not rows.has_column(name)]:
@@ -360,14 +336,12 @@ class RequestReader:
                     table = table.append_column(name, values.array() if isinstance(values, CachedValues) else values)
         return rows if table is rows.table else LogRows(table, self.schema, rows.results)
 
-    def _find_columns(self, role: Role, names: Collection[str]) -> list[RequestColumn]:
-        """Return the columns with these names, except columns that have a role in the settings but no feature."""
+    def _find_columns(self, role: Role, names: Collection[str]) -> list[_RequestColumn]:
+        """Return the columns with these names. Columns that have a role but that no feature reads are ignored."""
         for name in names:
             if (actual := self.role_of(name, f"'{REQUEST_KEYS[role]}'", role)) != role:
-                raise RequestError(
-                    f"column '{name}' describes the {actual}: give it in '{REQUEST_KEYS[actual]}', not in "
-                    f"'{REQUEST_KEYS[role]}'"
-                )
+                fix = f"give it in '{REQUEST_KEYS[actual]}', not in '{REQUEST_KEYS[role]}'"
+                raise RequestError(f"column '{name}' describes the {actual}: {fix}")
         return [self._columns[name] for name in names if name not in self._ignored]
 
     def role_of(self, name: str, where: str, role: Role | None = None) -> Role:
@@ -383,23 +357,15 @@ class RequestReader:
         """
         actual = self._columns[name].role if name in self._columns else self.schema.column_roles.get(name)
         if actual == "placement":
-            raise RequestError(
-                f"column '{name}' describes placement, which is absent in serving: leave it out of {where}"
-            )
+            problem = f"column '{name}' describes placement, which is absent in serving"
+            raise RequestError(f"{problem}: leave it out of {where}")
         if actual is None:
             hint = suggest(name, [column.name for column in self._columns.values() if role in (None, column.role)])
             raise RequestError(f"{where} has an unknown column {quoted(name)}; {hint}")
         return actual
 
-    def read_frame_column(self, name: str, values: Any) -> Sequence[Any]:
-        """Convert a data frame column to a Python sequence.
-
-        pandas turns integer IDs into floats if some IDs are missing. This function turns them back.
-
-        Args:
-            name: Name of the column.
-            values: N values of the column.
-        """
+    def _read_frame_column(self, name: str, values: Any) -> Sequence[Any]:
+        """Convert a data frame column to a Python sequence, and floats to integer IDs (pandas floats nullable IDs)."""
         read: Sequence[Any] = to_python_list(values)
         is_float = getattr(getattr(values, "dtype", None), "kind", "") == "f"
         if is_float and None in read and name in self._columns and self._columns[name].use == "key":
@@ -416,9 +382,8 @@ class RequestReader:
             raise RequestError(f"'candidates' needs a column '{name}' with the candidates' ids")
         for column, values in candidates.items():
             if not isinstance(values, Sequence) or isinstance(values, str | bytes):
-                raise RequestError(
-                    f"column {quoted(column)} in 'candidates' must be a list with one value per candidate"
-                )
+                problem = "must be a list with one value per candidate"
+                raise RequestError(f"column {quoted(column)} in 'candidates' {problem}")
         count = len(candidates[name])
         if count == 0:
             noun = "id" if has_ids else "value"
@@ -436,7 +401,7 @@ class RequestReader:
                 )
         return count
 
-    def _array(self, column: RequestColumn, values: Sequence[Any]) -> pa.Array:
+    def _array(self, column: _RequestColumn, values: Sequence[Any]) -> pa.Array:
         unit = self.schema.columns.time_unit
         array = to_arrow(column.name, values, column.use, column.expected, unit, column.is_boolean)
         return fill_nulls(array, _now()) if column.name == self.schema.columns.time else array
@@ -458,12 +423,8 @@ def _now() -> pa.Scalar:
     return pa.scalar(time.time_ns() // 1_000, UTC_MICROSECONDS)
 
 
-def as_table(rows: pa.Table | pd.DataFrame) -> pa.Table:
-    """Convert rows to an Arrow table.
-
-    Raises:
-        UserError: `rows` is not a table, has a duplicate column or a column of mixed types.
-    """
+def _as_table(rows: pa.Table | pd.DataFrame) -> pa.Table:
+    """Convert rows to an Arrow table."""
     if (names := getattr(rows, "column_names" if isinstance(rows, pa.Table) else "columns", None)) is None:
         raise UserError(f"rows must be a pyarrow Table or a pandas DataFrame, not a {type(rows).__name__}")
     if (duplicate := find_duplicate(names)) is not None:
@@ -486,11 +447,9 @@ def read_rows(pipeline: FeaturePipeline, rows: LogRows | pa.Table | pd.DataFrame
     """
     if isinstance(rows, LogRows):
         return rows
-    schema = pipeline.schema
-    table = as_table(rows)
+    schema, table = pipeline.schema, _as_table(rows)
     roles = schema.input_columns()
-    missing = [name for name, role in roles.items() if role != "placement" and name not in table.column_names]
-    if missing:
+    if missing := [name for name, role in roles.items() if role != "placement" and name not in table.column_names]:
         raise UserError(f"the rows have no column {', '.join(map(repr, missing))}, which the model's features read")
     uses, names = column_uses(schema), schema.columns
     columns = {name: table[name] for name in table.column_names}
@@ -499,9 +458,8 @@ def read_rows(pipeline: FeaturePipeline, rows: LogRows | pa.Table | pd.DataFrame
         dtype = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
         expected = pipeline.key_types.get(name)
         if expected is not None and not pa.types.is_null(dtype) and str(dtype) != expected:
-            raise UserError(
-                f"column '{name}' of the rows holds {dtype}, but the model was trained on a log with {expected}"
-            )
+            problem = f"column '{name}' of the rows holds {dtype}"
+            raise UserError(f"{problem}, but the model was trained on a log with {expected}")
         if name in (names.user, names.candidate, names.time) and values.null_count:
             raise UserError(f"column '{name}' of the rows is null in {values.null_count:,} of {len(values):,} rows")
     return LogRows(pa.table(columns), schema)

@@ -1,4 +1,4 @@
-"""Folders with the scores of a log: manifest, check of the folder to write, and warnings about training rows."""
+"""Folders with the scores of a log: their manifest, checks before writing, and warnings about training rows."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -36,9 +36,8 @@ def check_output(folder: Path, source: str) -> None:
         source: Folder, file or glob of the input.
     """
     if source_includes(source, [folder / part_file_name(0)]):
-        raise UserError(
-            f"--input '{source}' includes the files of --output '{folder}'. Give an output folder outside it."
-        )
+        problem = f"--input '{source}' includes the files of --output '{folder}'"
+        raise UserError(f"{problem}. Give an output folder outside it.")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output '{folder}' is a file. Give a new or empty folder.")
     expected = set[str]() if (manifest := read_manifest(folder)) is None else {_MANIFEST, *manifest["parts"]}
@@ -83,10 +82,7 @@ def is_complete(folder: Path, manifest: Mapping[str, Any]) -> bool:
 
 
 def read_overlap_warnings(files: Iterable[str]) -> list[str]:
-    """Return the warnings about training rows that `score` wrote next to these files.
-
-    Callers add the name of the model as subject (`describe_training_overlap`).
-    """
+    """Return the warnings of `describe_training_overlap` that `score` wrote next to these files."""
     folders = {Path(local_path(file)).parent for file in files if not is_remote(file)}
     warnings = [(read_manifest(folder) or {}).get("seen_in_training") for folder in sorted(folders)]
     return [warning for warning in warnings if warning is not None]
@@ -101,7 +97,7 @@ def format_split_value(value: Scalar) -> str:
 
 
 def has_split(logs: Logs, split: Split) -> bool:
-    """Return whether the split of each row follows from its time or from a column of the logs.
+    """Return whether the rows of the logs have a split, by their time or by a split column.
 
     Args:
         logs: Opened logs.
@@ -111,14 +107,11 @@ def has_split(logs: Logs, split: Split) -> bool:
 
 
 def find_training_rows(split: Split, rows: LogRows) -> np.ndarray:
-    """Find the rows in the training and validation splits of a model.
+    """Return whether each row is in the training or validation split of a model, (N,) bool.
 
     Args:
         split: Section `split` of the model's settings.
         rows: N rows of a log.
-
-    Returns:
-        Whether the model has seen each row in training, (N,) bool.
     """
     if split.column is None:
         windows = split.windows()
@@ -131,17 +124,14 @@ def find_training_rows(split: Split, rows: LogRows) -> np.ndarray:
 
 
 def describe_training_overlap(split: Split | None, training_rows: int, num_rows: int) -> str | None:
-    """Return a warning about rows that the model has seen in training.
+    """Return a warning about rows that the model has seen in training, None if there are none.
 
-    Callers add the name of the model as subject: "MODEL was trained or selected on 3 of the 10 rows, ...".
+    Callers put the name of the model before it: "MODEL was trained or selected on 3 of the 10 rows, ...".
 
     Args:
         split: Section `split` of the model's settings. None gives no warning.
         training_rows: Number of rows seen in training.
         num_rows: Number of all rows.
-
-    Returns:
-        The warning. None if there is nothing to warn about.
     """
     if split is None or not training_rows:
         return None

@@ -26,8 +26,8 @@ from mmoe_rec.point_in_time.arrays import Ragged, concat_ranges
 class InputMatrixBuilder:
     """Builds the model's input matrix from the features of requests.
 
-    The matrix equals the inputs that `RankingModel.concat_inputs` returns. Features of user and context are looked up
-    once per request and repeated for its candidates.
+    The matrix equals the inputs that `RankingModel.concat_inputs` returns, but features of user and context are looked
+    up only once per request and then repeated for its candidates.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class ExpertOptions(NamedTuple):
     """Expert options of a request.
 
     Attributes:
-        top_k: Experts per row and gate. None is the model's own number.
+        top_k: Number of experts that a gate uses for each row. None is the number in the model's settings.
         masked: Indices of the experts to leave out.
     """
 
@@ -155,7 +155,7 @@ class Scored:
     Attributes:
         predictions: (N, T) float32, or float64 if a task is a regression.
         log_predictions: Logarithms of the predictions, (N, T) float64.
-        warnings: Sentences about tasks without experts.
+        warnings: Sentences about tasks without a usable expert.
         uncalibrated: Predictions before calibration, (N, T), if an explanation was requested.
         gates: Each task's weights of the E experts of the last level, (N, T, E) float32, if explained.
     """
@@ -188,7 +188,7 @@ class Scorer:
     """A `RankingModel` over `PlainTables` with its calibration.
 
     Attributes:
-        fused: Faster function that returns the network's logits for inputs (B, W). None if the model doesn't allow it.
+        fused: Faster function for the network's logits of inputs (B, W), None if the model doesn't allow it.
     """
 
     def __init__(self, info: ArtifactInfo, model: RankingModel, calibration: Calibration) -> None:
@@ -254,16 +254,16 @@ class Scorer:
         Raises:
             RuntimeError: A prediction is NaN or infinite.
         """
-        pieces = inputs.split(CHUNK_ROWS) if len(inputs) else ()
-        return Scored.join([self._score(piece, options, explain) for piece in pieces], len(self.task_names))
+        chunks = inputs.split(CHUNK_ROWS) if len(inputs) else ()
+        return Scored.join([self._score(chunk, options, explain) for chunk in chunks], len(self.task_names))
 
     def _score(self, inputs: Tensor, options: ExpertOptions, explain: bool) -> Scored:
         num_rows, usable, details = len(inputs), self._usable(options), dict[str, np.ndarray]()
         if self.matmul_backend == "onednn":
             inputs = _pad_rows(inputs)
         with torch.inference_mode():
-            # Explained requests take their predictions from the fused function too. Explaining a request therefore
-            # doesn't change a bit of its predictions.
+            # Explained requests take their predictions from the fused function too, so explaining a request doesn't
+            # change a bit of its predictions.
             if self.fused is not None and options == _DEFAULT_OPTIONS:
                 logits = self.fused(inputs[:, : self.model.width])
                 outputs = self.model.postprocess(inputs, Outputs(logits, ()))
@@ -279,12 +279,10 @@ class Scorer:
             if explain:
                 # All tasks may share one gate.
                 gates = outputs.routings[-1].weights.expand(-1, len(self.task_names), -1)
-                details = {
-                    "uncalibrated": predictions(uncalibrated, self._kinds).numpy(),
-                    "gates": gates[:num_rows].numpy(),
-                }
+                details["uncalibrated"] = predictions(uncalibrated, self._kinds).numpy()
+                details["gates"] = gates[:num_rows].numpy()
         if not (np.isfinite(values).all() and np.isfinite(log_values).all()):
-            # NaN has no place in a ranking, and JSON can't represent it.
+            # NaN has no order, and JSON can't represent it.
             raise RuntimeError(f"model '{self.info.name}' gives predictions that are not finite numbers")
         return Scored(values, log_values, self._warn(usable), **details)
 
@@ -308,10 +306,9 @@ class Scorer:
 
 
 def _pad_rows(inputs: Tensor) -> Tensor:
-    """Append at most 15 rows of zeros to inputs (N, W), or at most a sixteenth of N if that is more.
+    """Append rows of zeros to inputs (N, W), at most 15 or a sixteenth of N.
 
-    oneDNN prepares and caches matrix products for each number of rows. Padding keeps the number of different sizes
-    small.
+    oneDNN prepares and caches a matrix product for each number of rows, so fewer different numbers save time.
     """
     step = max(16, 1 << max(0, (len(inputs) - 1).bit_length() - 5))
     padding = -len(inputs) % step

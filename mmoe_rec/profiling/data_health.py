@@ -1,12 +1,4 @@
-"""The health of a data set. Counts are computed by SQL, and features on at most `MAX_SAMPLE_ROWS` rows of each split.
-
-`measure_health` returns plain data, as stored in `health.json`. Unknown values are None.
-
-overview    the log and its splits
-features    each feature with its inputs: coverage, unknown IDs, drift, AUC of the feature alone
-weeks       labels by week
-findings    suspicious properties as sentences (`health_findings.py`)
-headline    one sentence that sums up the findings
+"""Measure the health of a data set: labels, and coverage, unknown IDs, drift and AUC of each feature.
 
 Drift is the population stability index between training fractions p and test fractions q of the same bins:
 
@@ -42,15 +34,15 @@ from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.profiling.health_findings import describe_findings, list_findings
 from mmoe_rec.progress import bar
+from mmoe_rec.settings.log_columns import SPLITS
 from mmoe_rec.settings.schema import InputSemantics, Schema
 
 MAX_SAMPLE_ROWS = 1_000_000
-"""Most rows of a split on which features are measured. In a larger split, the rows of some users are read."""
-SPLITS = ("train", "validation", "test")
+"""Approximate limit on the rows of a split for measuring features. Larger splits are sampled by user."""
 COMPARED_SPLITS = ("train", "test")
 ID_COLUMNS = ("user", "candidate", "request")
 RATE_SMOOTHING = 20.0
-"""Number of prior rows with the overall rate that smooth the rate of an ID."""
+"""Number of rows with the overall label rate that are added to the rows of each ID before its rate is computed."""
 MAX_FREQUENT_IDS = 50
 """Number of the most frequent IDs that have a bin of their own when drift is measured."""
 PSI_BINS = 20
@@ -64,7 +56,7 @@ def measure_health(
     memory_gib: float = DEFAULT_MEMORY_GIB,
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """Measure the health of a data set, as data that can be written to JSON.
+    """Measure the health of a data set, as JSON values. Unknown values are None.
 
     Args:
         name: Name of the data set.
@@ -114,9 +106,9 @@ def measure_health(
 def _create_view(database: Database, split: str, prepared: FeatureFolder) -> None:
     """Create the view of a split.
 
-    The columns are w0 to w2 for `ID_COLUMNS`, and t for the time. By position in the layout, IDs (or lists of IDs) are
-    i0, i1, ..., and numbers are d0, d1, .... A task has its label as l0, null where unobserved, and p0, which is true
-    for a positive label.
+    Its columns are w0 to w2 for `ID_COLUMNS`, t for the time, i0, i1, ... for the layout's IDs (or lists of IDs), and
+    d0, d1, ... for its numbers. The first task has its label in l0 (null where unobserved) and whether it is positive
+    in p0, the second task in l1 and p1, and so on.
     """
     layout, files = prepared.layout, sorted(prepared.split(split).glob("*.parquet"))
     sql = {name: f"c{index}" for index, name in enumerate(pq.read_schema(files[0]).names)}
@@ -128,7 +120,7 @@ def _create_view(database: Database, split: str, prepared: FeatureFolder) -> Non
     for index, task in enumerate(layout.tasks):
         label = sql[f"label.{task.name}"]
         columns[f"l{index}"] = label = f"CASE WHEN NOT isnan({label}) THEN {label}::DOUBLE END"
-        # A linear label is positive above its mean.
+        # The label of a regression counts as positive above its mean.
         columns[f"p{index}"] = f"{label} > {task.mean if task.kind.is_linear else 0.5:.17e}"
     paths = ", ".join("'" + escape(str(file)).replace("'", "''") + "'" for file in files)
     source = f"read_parquet([{paths}], hive_partitioning = false) AS file({', '.join(sql.values())})"
@@ -145,11 +137,7 @@ def _count_labels(database: Database, layout: Layout) -> tuple[dict[str, dict[st
 
     def describe_tasks(*totals: float) -> dict[str, Any]:
         return {
-            task.name: {
-                "kind": task.kind,
-                "observed": observed,
-                "rate": total / observed if observed else None,
-            }
+            task.name: {"kind": task.kind, "observed": observed, "rate": total / observed if observed else None}
             for task, observed, total in zip(layout.tasks, totals[::2], totals[1::2], strict=True)
         }
 
@@ -172,7 +160,7 @@ def _count_labels(database: Database, layout: Layout) -> tuple[dict[str, dict[st
 def _overview(
     manifest: Mapping[str, Any], counted: Mapping[str, dict[str, Any]], schema: Schema, shared_user_fraction: float
 ) -> dict[str, Any]:
-    """Describe the log (times None if it has no times), the files left out, and the splits."""
+    """Describe the log, its skipped files and its splits. Times are None if the log has none."""
     splits = dict[str, dict[str, Any]]()
     for split, counts in counted.items():
         stored = manifest.get("splits", {}).get(split, {})
@@ -258,12 +246,7 @@ class _InputCounter:
         return row, values.flatten().to_numpy(), labels
 
     def count_ids(self, id_input: IdInput, semantics: InputSemantics) -> dict[str, Any]:
-        """Count the lookups of an input.
-
-        Args:
-            id_input: The input.
-            semantics: Meaning of its table rows. A row without any ID counts as a lookup of row 0, as missing.
-        """
+        """Count the lookups of an input by table row. An empty list of IDs counts as missing, in row 0."""
         rows = self.layout.table(id_input.table).rows
         row, ids, labels = self._read_ids("train", id_input)
         validation_row, validation_ids, validation_labels = self._read_ids("validation", id_input)
@@ -282,11 +265,9 @@ class _InputCounter:
             aucs[task.name] = _auc(scores, validation_labels[:, index]) if is_observed.any() else None
         missing, first = int(semantics.missing), semantics.first_seen_row
         frequent = np.argsort(-lookups["train"][first:], kind="stable")[:MAX_FREQUENT_IDS] + first
-        rest_bins = (
-            ["all others"] * (rows - first > MAX_FREQUENT_IDS)
-            + ["unknown"] * bool(semantics.unknown)
-            + ["missing"] * missing
-        )
+        rest_bins = ["all others"] * (rows - first > MAX_FREQUENT_IDS)
+        rest_bins += ["unknown"] * bool(semantics.unknown) + ["missing"] * missing
+        names = row_names(semantics, id_input.table, [*frequent.tolist(), *rest_bins], self.prepared.serving)
         unknown, drift = dict[str, float | None](), list[np.ndarray]()
         for split, counts in lookups.items():
             present, not_seen = counts[missing:].sum(), counts[missing:first].sum()
@@ -300,31 +281,21 @@ class _InputCounter:
             "coverage": coverage if semantics.missing else dict.fromkeys(COMPARED_SPLITS),
             "constant": int((lookups["train"] > 0).sum()) <= 1,
             "unknown": unknown,
-            **_drift(
-                row_names(semantics, id_input.table, [*frequent.tolist(), *rest_bins], self.prepared.serving), *drift
-            ),
+            **_drift(names, *drift),
             "auc": aucs,
         }
 
     def count_numbers(self, numbers: Mapping[int, int | None], zeros_missing: bool) -> list[dict[str, Any]]:
-        """Count the numbers of a feature.
-
-        Args:
-            numbers: Indexes of the inputs and their indicators, from `find_dense_inputs`.
-            zeros_missing: Whether a vector of zeros is a missing value. Any other number without an indicator was never
-                missing in training rows.
-        """
+        """Count the numbers of a feature (`find_dense_inputs`). With `zeros_missing`, vectors of zeros are missing."""
         if not numbers:
             return []
         columns = [f"d{index}" for index in {*numbers, *numbers.values()} - {None}]
         read = {split: self._read(split, columns) for split in SPLITS}
         values = dict[str, np.ndarray]()  # Split -> (N, numbers), NaN where missing.
         for split, (table, _) in read.items():
-            pairs = [
-                (table[f"d{index}"], None if flag is None else table[f"d{flag}"]) for index, flag in numbers.items()
-            ]
-            dense = np.stack([value.to_numpy().astype(np.float64) for value, _ in pairs], axis=1)
-            missing = [np.zeros(len(dense), bool) if flag is None else flag.to_numpy() > 0.5 for _, flag in pairs]
+            dense = np.stack([table[f"d{index}"].to_numpy().astype(np.float64) for index in numbers], axis=1)
+            flags = (None if flag is None else table[f"d{flag}"].to_numpy() for flag in numbers.values())
+            missing = [np.zeros(len(dense), bool) if flag is None else flag > 0.5 for flag in flags]
             all_zero = (dense == 0).all(axis=1, keepdims=True) & zeros_missing
             values[split] = np.where(np.stack(missing, axis=1) | all_zero, np.nan, dense)
         labels = read["validation"][1]
@@ -338,20 +309,19 @@ class _InputCounter:
     ) -> dict[str, Any]:
         number, aucs = self.layout.dense[index], dict[str, float | None]()
         for task_index, task in enumerate(self.layout.tasks):
-            # Ascending and descending order both count, with missing values at the better end.
+            # Rank in ascending or descending order, and missing values first or last, whichever is best.
             ranked = (np.nan_to_num(values["validation"], nan=end) for end in (-np.inf, np.inf))
             ends = [_auc(scores, labels[:, task_index]) for scores in ranked]
             aucs[task.name] = max((max(auc, 1 - auc) for auc in ends if auc is not None), default=None)
         names, counts = _count_bins(number.edges, values)
-        missing = {split: float(np.isnan(values[split]).mean()) for split in COMPARED_SPLITS}
+        coverage = dict[str, float | None]({s: 1 - float(np.isnan(values[s]).mean()) for s in COMPARED_SPLITS})
+        if not marks_missing:  # Every training row had a value, and missing values of test rows are invisible.
+            coverage = {"train": 1.0, "test": None}
         bins = slice(None) if marks_missing else slice(-1)
         return {
             "name": number.name,
             "table": None,
-            # Without an indicator, every training row had a value, and missing values of test rows are invisible.
-            "coverage": {split: 1 - missing[split] for split in COMPARED_SPLITS}
-            if marks_missing
-            else {"train": 1.0, "test": None},
+            "coverage": coverage,
             "constant": len(np.unique(values["train"])) <= 1,
             "unknown": dict.fromkeys(COMPARED_SPLITS),
             **_drift(names[bins], *(counts[split][bins] for split in COMPARED_SPLITS)),
@@ -360,12 +330,9 @@ class _InputCounter:
 
 
 def _count_bins(edges: Sequence[float], values: Mapping[str, np.ndarray]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Count values by bin, with a last bin for missing values.
+    """Return the names of bins, and split -> rows of each bin, shape (bins,). The last bin is for missing values.
 
-    The bins use the input's edges, or have about equal training rows if there are none.
-
-    Returns:
-        Names of the bins, and split -> rows of each bin, shape (bins,).
+    With fewer than two edges, the edges are quantiles of the training rows.
     """
     present = values["train"][~np.isnan(values["train"])]
     if len(edges) < 2 and len(present):

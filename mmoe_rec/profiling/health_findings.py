@@ -1,13 +1,13 @@
 """Findings about the health of a data set.
 
 A finding is a `problem` if training would be wrong or meaningless, and a `warning` otherwise. Problems come first,
-then warnings by cost. The cost estimates the fraction of test predictions that a finding harms, from 0 to 1:
+then warnings by their `cost`, a rough estimate of the fraction of test predictions that a finding harms:
 
-    fraction of the rows affected x weight of the feature in these rows
+    cost = fraction of test rows affected x weight of the feature
 
-The weight of a feature is its own ranking power on validation rows: 2 AUC - 1, for the task that it ranks best. An
-unknown user or candidate has weight 1, because the model has no data about it. Other IDs have at least weight
-`MIN_ID_WEIGHT`, because unknown IDs lower the AUC of their feature. The order does not predict a model's gain.
+The weight of a feature is its predictive power: 2 AUC - 1 of the feature alone on validation rows, for the task that it
+ranks best. An unknown user or candidate has weight 1, because the model has no data about it. Other IDs have at least
+weight `MIN_ID_WEIGHT`, because unknown IDs lower the AUC of their feature.
 """
 
 from collections import Counter
@@ -35,7 +35,7 @@ Health = Mapping[str, Any]
 
 
 class Severity(StrEnum):
-    """How bad a finding is."""
+    """Severity of a finding."""
 
     PROBLEM = "problem"
     WARNING = "warning"
@@ -61,11 +61,11 @@ class Finding:
     """A suspicious property of a data set.
 
     Attributes:
-        severity: How bad it is.
-        check: The check that found it.
-        subject: Feature, task or topic.
+        severity: Severity of the finding.
+        check: The check that produced it.
+        subject: Name of the feature or task, or a topic such as "skipped files".
         message: The finding as a clause.
-        cost: Fraction of test predictions that it harms, from 0 to 1.
+        cost: Rough fraction of test predictions that the finding harms, from 0 to 1.
     """
 
     severity: Severity
@@ -77,20 +77,12 @@ class Finding:
 
 def list_findings(health: Health) -> list[Finding]:
     """Return all findings of a health report: problems first, then by cost, highest first."""
-    features, splits = health["features"], health["overview"]["splits"]
-    findings = [
-        *_check_files(health["overview"]),
-        *_check_labels(splits),
-        *_check_users(health["overview"]),
-        *_check_rare_labels(splits),
-    ]
-    for feature in features:
-        findings += [
-            *_check_leaks(feature, splits["validation"]["tasks"]),
-            *_check_constants(feature),
-            *_check_coverage(feature),
-        ]
-        findings += [*_check_unknown(feature), *_check_drift(feature)]
+    overview, splits = health["overview"], health["overview"]["splits"]
+    findings = [*_check_files(overview), *_check_labels(splits), *_check_users(overview), *_check_rare_labels(splits)]
+    for feature in health["features"]:
+        findings += _check_leaks(feature, splits["validation"]["tasks"])
+        for check in (_check_constants, _check_coverage, _check_unknown, _check_drift):
+            findings += check(feature)
     return sorted(findings, key=lambda finding: (finding.severity, -finding.cost))
 
 
@@ -117,7 +109,7 @@ def _check_files(overview: Health) -> Iterator[Finding]:
     if skipped := overview["skipped"]:
         number = f"{len(skipped)} file{'s' * (len(skipped) > 1)}"
         message = f"{number} of the log could not be used, such as '{skipped[0]['file']}' ({skipped[0]['reason']})"
-        yield Finding(Severity.PROBLEM, Check.FILES, "files left out", message)
+        yield Finding(Severity.PROBLEM, Check.FILES, "skipped files", message)
 
 
 def _check_users(overview: Health) -> Iterator[Finding]:

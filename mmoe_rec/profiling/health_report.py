@@ -63,21 +63,20 @@ def write_health(health: Mapping[str, Any], folder: Path) -> None:
 
 
 def make_report(health: Mapping[str, Any]) -> Report:
-    """Build the report of a result of `mmoe_rec.profiling.data_health.measure_health`."""
+    """Build the report from a result of `mmoe_rec.profiling.data_health.measure_health`."""
     overview, findings = health["overview"], health["findings"]
     severities = [finding["severity"] for finding in findings]
     mark: Mark = "problem" if Severity.PROBLEM in severities else "warning" if severities else "good"
     shown = severities.count(Severity.PROBLEM) + _MAX_TERMINAL_WARNINGS
-    sentences = [
-        Sentence(f"left out: {file['file']}: {file['reason']}", "problem", "file") for file in overview["skipped"]
-    ]
+    skipped = [f"skipped: {file['file']}: {file['reason']}" for file in overview["skipped"]]
+    sentences = [Sentence(text, "problem", "file") for text in skipped]
     sentences += [
         Sentence(finding["message"], finding["severity"], finding["check"], page_only=index >= shown)
         for index, finding in enumerate(findings)
     ]
     if len(findings) > shown:
         sentences.append(Sentence(f"{len(findings) - shown} less harmful warnings are in the report"))
-    sentences += [Sentence(issue, "note") for issue in describe_time_issues(overview)]
+    sentences += [Sentence(issue, "note") for issue in _describe_time_issues(overview)]
     return Report(
         title=f"Data set health: {health['name']}",
         headline=health["headline"],
@@ -93,19 +92,13 @@ def make_report(health: Mapping[str, Any]) -> Report:
 
 def _describe_log(overview: Mapping[str, Any]) -> str:
     files, times = overview["files"] or 0, "without times"
-    if overview["first_request"]:
-        times = (
-            f"requests from {format_minute(overview['first_request'])} to {format_minute(overview['last_request'])} UTC"
-        )
+    if first := overview["first_request"]:
+        times = f"requests from {format_minute(first)} to {format_minute(overview['last_request'])} UTC"
     return f"{overview['log'] or NO_VALUE}: {files:,} file{'s' * (files != 1)}, {overview['rows'] or 0:,} rows, {times}"
 
 
-def describe_time_issues(overview: Mapping[str, Any]) -> list[str]:
-    """Describe requests with several times, and labels that are not final yet.
-
-    Args:
-        overview: The log and its splits, as in `health.json`.
-    """
+def _describe_time_issues(overview: Mapping[str, Any]) -> list[str]:
+    """Describe requests with several times, and labels that are not final yet."""
     conflicts = describe_conflicting_times(overview["requests"])
     return ([conflicts] if conflicts else []) + [
         f"{name}: {describe_pending_labels(task, number, split['labels_observed_until'])}"
@@ -116,14 +109,10 @@ def describe_time_issues(overview: Mapping[str, Any]) -> list[str]:
 
 def _split_tables(overview: Mapping[str, Any]) -> Iterator[Table]:
     splits, kinds = overview["splits"], ("rows", "requests", "users", "candidates")
-    rows = [
-        (
-            name,
-            f"{format_minute(split['first_request'])} to {format_minute(split['last_request'])}",
-            *(format_count(split[kind]) for kind in kinds),
-        )
-        for name, split in splits.items()
-    ]
+    rows = list[Row]()
+    for name, split in splits.items():
+        times = f"{format_minute(split['first_request'])} to {format_minute(split['last_request'])}"
+        rows.append((name, times, *(format_count(split[kind]) for kind in kinds)))
     if overview["first_request"] is None:
         yield Table("Splits", ("split", *kinds), [(row[0], *row[2:]) for row in rows])
     else:
@@ -141,16 +130,10 @@ def _feature_table(health: Mapping[str, Any]) -> Table:
     for feature in health["features"]:
         best = max((auc for auc in feature["auc"].values() if auc is not None), default=None)
         mark: Mark = "problem" if (best or 0) > LEAK_AUC else ""
-        rows.append(
-            (
-                feature["name"],
-                ", ".join(finding["check"] for finding in health["findings"] if finding["subject"] == feature["name"]),
-                format_percent(feature["coverage"]["train"]),
-                format_percent(feature["unknown"]["test"]),
-                _psi_cell(feature["psi"]),
-                Cell(format_fixed(best), "", mark),
-            )
-        )
+        name, psi, auc = feature["name"], _psi_cell(feature["psi"]), Cell(format_fixed(best), "", mark)
+        flags = ", ".join(finding["check"] for finding in health["findings"] if finding["subject"] == name)
+        coverage, unknown = format_percent(feature["coverage"]["train"]), format_percent(feature["unknown"]["test"])
+        rows.append((name, flags, coverage, unknown, psi, auc))
     note = "PSI measures drift to test rows. AUC is the feature's alone, on its best task"
     return Table("Features", heads, rows, note, text_columns=2)
 

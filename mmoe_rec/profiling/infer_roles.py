@@ -1,4 +1,4 @@
-"""Infer the roles of the remaining columns, and leave out columns that were not available at the request."""
+"""Infer the roles of columns that are neither keys nor tasks, and leave out those unavailable at the request."""
 
 import math
 from collections.abc import Sequence
@@ -29,9 +29,9 @@ from mmoe_rec.profiling.profile import (
 from mmoe_rec.settings.log_columns import Role
 
 LEAK_AUC, SUSPICIOUS_AUC = 0.93, 0.8
-"""A column whose AUC alone exceeds these values is left out as a label leak, or marked as suspicious."""
+"""A column that alone predicts a task with a higher AUC is left out as a label leak, or marked as suspicious."""
 PLAIN_TABLE_LEAK_AUC = 0.985
-"""The limit in a plain table. It is higher, because no counters compete with the columns."""
+"""LEAK_AUC of a table without users and requests. It is higher, because no counters compete with the columns."""
 _MAX_ERROR_RATE = 0.001
 """Highest change rate, within requests, of a column that is constant in a request."""
 _MANY_USERS, _MIN_KEYS = 50, 10
@@ -51,7 +51,7 @@ def infer_roles(schema: InferredSchema) -> None:
         of_user = profile.change_rates([keys["user"]], names, schema.time_sql, merge_ties=True)
     if names and "candidate" in keys:
         of_candidate = profile.change_rates([keys["candidate"]], names, schema.time_sql)
-    leaks = LeakDetector(schema)
+    leaks = _LeakDetector(schema)
     for column in schema.unassigned():
         change_rates = of_request[column.name], of_user[column.name], of_candidate[column.name]
         role = None
@@ -67,37 +67,31 @@ def infer_roles(schema: InferredSchema) -> None:
             role = _find_role(schema, column, change_rates, leaks)
         if role is not None:
             schema.roles[role].append(column.name)
+        is_attribute = role in ("user", "candidate") and not schema.is_plain_table
         is_number = column.kind in ("integer", "number") and not column.is_binary
-        if (
-            role in ("user", "candidate")
-            and is_number
-            and has_stem(column.name, LABEL_STEMS + OUTCOME_STEMS)
-            and not schema.is_plain_table
-        ):
+        if is_attribute and is_number and has_stem(column.name, LABEL_STEMS + OUTCOME_STEMS):
             why = "at which time was it computed? A total that includes these rows would reveal their labels"
             schema.checks.setdefault(column.name, why)
 
 
 def _find_role(
-    schema: InferredSchema, column: Column, change_rates: tuple[float, float, float], leaks: "LeakDetector"
+    schema: InferredSchema, column: Column, change_rates: tuple[float, float, float], leaks: "_LeakDetector"
 ) -> Role | None:
     """Return the role of a column in a log with users or requests. Leaves the column out if it leaks a label."""
     role = _role_in_log(schema, column, change_rates, leaks)
     if role is None:
         return _role_in_doubt(schema, column, change_rates, leaks)
-    keys: list[KeyName] = (
-        ["user"]
-        if change_rates[1] <= 4 * MAX_CHANGE_RATE
-        else ["request"]
-        if change_rates[0] <= _MAX_ERROR_RATE
-        else []
-    )
+    keys: list[KeyName] = []
+    if change_rates[1] <= 4 * MAX_CHANGE_RATE:
+        keys = ["user"]
+    elif change_rates[0] <= _MAX_ERROR_RATE:
+        keys = ["request"]
     if why := leaks.find_leak(column, [*keys, "candidate"] if change_rates[2] <= MAX_CHANGE_RATE else keys):
         schema.leave_out(column.name, why)
     return None if why else role
 
 
-def _role_in_table(schema: InferredSchema, column: Column, of_candidate: float, leaks: "LeakDetector") -> Role | None:
+def _role_in_table(schema: InferredSchema, column: Column, of_candidate: float, leaks: "_LeakDetector") -> Role | None:
     best_auc, task = leaks.best_auc(column)
     if column.kind == "time" and "time" not in schema.keys:
         schema.left_out[column.name] = "a time, but the table has no request times to compare it with"
@@ -115,7 +109,7 @@ def _role_in_table(schema: InferredSchema, column: Column, of_candidate: float, 
 
 
 def _role_in_log(  # noqa: PLR0911 - a return per role reads best
-    schema: InferredSchema, column: Column, change_rates: tuple[float, float, float], leaks: "LeakDetector"
+    schema: InferredSchema, column: Column, change_rates: tuple[float, float, float], leaks: "_LeakDetector"
 ) -> Role | None:
     """Return the role of the key that determines a column, None if there is none or the column may be an outcome."""
     of_request, of_user, of_candidate = change_rates
@@ -144,7 +138,7 @@ def _role_in_log(  # noqa: PLR0911 - a return per role reads best
 
 
 def _role_in_doubt(
-    schema: InferredSchema, column: Column, change_rates: tuple[float, float, float], leaks: "LeakDetector"
+    schema: InferredSchema, column: Column, change_rates: tuple[float, float, float], leaks: "_LeakDetector"
 ) -> Role | None:
     """Return a role for a column that changes from row to row, or leave it out as an outcome."""
     best_auc, task = leaks.best_auc(column)
@@ -177,7 +171,7 @@ def _explain_later(schema: InferredSchema, column: Column) -> str | None:
 
 
 def _explain_growing(schema: InferredSchema, column: Column) -> str | None:
-    """Return why a number or text only reflects when the row was made, None if its values fall between requests."""
+    """Return why a column only tells the time of the row, None unless its values grow from request to request."""
     ordered = column.kind in ("integer", "number", "text") and "time" in schema.keys
     if not ordered or column.nulls or column.distinct < 5 or column.is_binary:
         return None
@@ -189,15 +183,12 @@ def _explain_growing(schema: InferredSchema, column: Column) -> str | None:
     return "it grows with time, so later rows have values that training has not seen" if grows else None
 
 
-class LeakDetector:
-    """Measures how well a single column predicts the tasks.
-
-    A label is binary, or says whether a number is above its median.
-    """
+class _LeakDetector:
+    """Measures how well a single column predicts the labels. A number counts as 1 above its median, else as 0."""
 
     def __init__(self, schema: InferredSchema) -> None:
         self._schema = schema
-        # One entry is enough, since all questions about a column come in sequence.
+        # A cache of one column is enough, since all calls for a column come one after the other.
         self._codes = lru_cache(1)(lambda name: factorize_binned(self._sample[0].column(name)))
 
     def best_auc(self, column: Column) -> tuple[float, str]:
@@ -215,19 +206,11 @@ class LeakDetector:
         return next(implied, None)
 
     def find_leak(self, column: Column, key_names: Sequence[KeyName]) -> str | None:
-        """Look for labels in a column that is constant within a request, a user or a candidate.
+        """Return why a column that is constant within the given keys leaks a label, None if it doesn't.
 
         Among single rows such a leak is weak: a request's order total is positive for all its candidates, although the
-        user ordered only one. Therefore the rows of a key are merged. The label is their mean label, and whether any of
-        them is positive. Keys with many rows are positive more often, so the column must predict that better than their
-        number of rows does. A column that predicts a label well, but is not a leak, gets a check.
-
-        Args:
-            column: The column.
-            key_names: Keys that determine the column.
-
-        Returns:
-            Why the column leaks a label, None if it does not.
+        user ordered only one. So the rows of a key are merged. The column must predict their mean label, or whether any
+        label is positive. The more rows a key has, the likelier a positive label, so the column must beat their number.
         """
         codes, (_, tasks) = self._codes(column.name), self._sample
         for key_name, (task, labels) in product(key_names, tasks.items()):
@@ -251,7 +234,7 @@ class LeakDetector:
 
     @cached_property
     def _sample(self) -> tuple[pa.Table, dict[str, np.ndarray]]:
-        """Sampled rows, and the labels of each task, shape (N,), 0 or 1, NaN where unobserved."""
+        """Sampled rows, and task -> labels, shape (N,), 0 or 1, NaN where unobserved."""
         schema = self._schema
         names = [column.name for column in schema.unassigned()] + [task.column for task in schema.tasks]
         rows = schema.profile.sample(schema.request_keys, list(dict.fromkeys([*names, *schema.keys.values()])))
@@ -269,9 +252,9 @@ class LeakDetector:
 
     @cached_property
     def _keys(self) -> dict[KeyName, tuple[np.ndarray, np.ndarray]]:
-        """Key of each row, shape (N,), int64, and its half of the keys, shape (N,), bool.
+        """Key name -> number of each row's key, (N,) int64, and whether the key is in the first half, (N,) bool.
 
-        Requests of many users are halved by user, so that a user's or session's name can't pass for a label.
+        With many users, requests are halved by user, so that a column that names the user does not predict labels.
         """
         schema, (rows, _) = self._schema, self._sample
         keys: dict[KeyName, np.ndarray] = {}

@@ -95,7 +95,7 @@ def _leave_out_unusable(schema: InferredSchema) -> None:
 
 
 def _explain_unusable(column: Column) -> str | None:
-    why = None
+    why, present = None, column.rows - column.nulls
     if column.kind == "empty":
         why = "it is null in all rows"
     elif column.kind == "other":
@@ -108,11 +108,7 @@ def _explain_unusable(column: Column) -> str | None:
         why = "all its lists are empty"
     elif column.kind == "vector" and column.length_range[0] != column.length_range[1]:
         why = "its lists of numbers differ in length"
-    elif (
-        column.kind == "text"
-        and column.mean_length > _MAX_NAME_LENGTH
-        and column.distinct > 0.5 * (column.rows - column.nulls)
-    ):
+    elif column.kind == "text" and column.mean_length > _MAX_NAME_LENGTH and column.distinct > 0.5 * present:
         why = "it looks like free text: embed it, and write the vectors as lists of numbers"
     return why
 
@@ -124,7 +120,7 @@ def _find_weights(schema: InferredSchema) -> None:
         if not is_number or column.low <= 0 or column.distinct < 2:
             continue
         is_weight = has_word(name, WEIGHT_WORDS) and set(split_words(name)) <= WEIGHT_WORDS | WEIGHT_QUALIFIERS
-        if is_weight and "candidate" in schema.keys:  # A constant weight of a candidate is physical, as of a parcel.
+        if is_weight and "candidate" in schema.keys:  # A weight that is constant for a candidate is physical.
             is_weight = not schema.profile.change_rates([schema.keys["candidate"]], [name])[name] <= MAX_CHANGE_RATE
         if has_word(name, SAMPLING_WORDS) and column.high <= 1 and schema.sampling_rate is None:
             schema.sampling_rate = name
@@ -144,20 +140,14 @@ def _find_split(schema: InferredSchema) -> None:
         splits = {value: _SPLITS.get(str(value).lower()) for value in schema.profile.top_values(column.name, 20)}
         if all(splits.values()) and len(set(splits.values())) > 1:
             parts = {name: sorted(value for value, split in splits.items() if split == name) for name in SPLITS}
-            for name, values in parts.items():
-                if not values:
-                    raise UserError(
-                        f"column '{column.name}' assigns rows to train, validation or test, but none to {name}. Write "
-                        f"'{name}' in some of the rows."
-                    )
+            if name := next((name for name, values in parts.items() if not values), None):
+                problem = f"column '{column.name}' assigns rows to train, validation or test, but none to {name}"
+                raise UserError(f"{problem}. Write '{name}' in some of the rows.")
             schema.split = column.name, parts
             return
-    named = [
-        name
-        for name in schema.columns
-        if has_word(name, TIME_WORDS | CLOCK_WORDS) and not has_word(name, PAST_WORDS | ID_WORDS)
-    ]
-    times = f" {', '.join(named)} may be the time, but the values can't be read: {_TIME_ADVICE}." if named else ""
+    clocks = [name for name in schema.columns if has_word(name, TIME_WORDS | CLOCK_WORDS)]
+    named = ", ".join(name for name in clocks if not has_word(name, PAST_WORDS | ID_WORDS))
+    times = f" {named} may be the time, but the values can't be read: {_TIME_ADVICE}." if named else ""
     raise UserError(
         f"'{schema.profile.name}' has neither a column of times nor one that assigns rows to train, validation and "
         f"test.{times} Name the times with --time, or add a column 'split' of train, validation and test."
@@ -213,15 +203,8 @@ def _find_by_name(schema: InferredSchema, key_name: str) -> None:
         return
     ranks = {name: match_key_name(name, key_name) for name in schema.columns}
     min_distinct = _MIN_USERS if key_name == "user" else 2
-    usable = [
-        column
-        for column in schema.unassigned()
-        if ranks[column.name]
-        and column.can_be_key
-        and not column.unit
-        and not column.is_binary
-        and column.distinct >= min_distinct
-    ]
+    usable = [column for column in schema.unassigned() if ranks[column.name] and column.may_be_id]
+    usable = [column for column in usable if not column.is_binary and column.distinct >= min_distinct]
     if not usable:
         for column in schema.columns.values():
             is_unfit = column.nulls or column.kind in ("number", "other")
@@ -274,7 +257,7 @@ def _find_time(schema: InferredSchema) -> None:
 
 
 def _without_times_of_keys(schema: InferredSchema, times: list[Column]) -> list[Column]:
-    """Return the times that change within a user and a candidate, unlike dates of birth or publication."""
+    """Drop times that hardly change within a user or a candidate, such as dates of birth or publication."""
     for key_name in ("user", "candidate"):
         key = schema.keys.get(key_name)
         if not times or key is None or match_key_name(key, key_name) == 1:
@@ -291,12 +274,11 @@ def _without_times_of_keys(schema: InferredSchema, times: list[Column]) -> list[
 
 
 def _without_attributes(schema: InferredSchema, times: list[Column]) -> list[Column]:
-    """Drop times that are attributes, such as the start of a session.
+    """Drop times that are attributes of another column, such as the start of a session.
 
-    Such a time is determined by a column that does not determine another time with more values.
+    The other column determines such a time, but does not determine a finer time (with more distinct values).
     """
-    pool = [key for key in schema.unassigned() if key.can_be_key and key.unit is None]
-    pool = [key for key in pool if 1 < key.distinct < key.rows / 2]
+    pool = [key for key in schema.unassigned() if key.may_be_id and 1 < key.distinct < key.rows / 2]
     for key in sorted(pool, key=lambda key: (-key.distinct, key.name))[:12] if len(times) > 1 else ():
         change_rates = schema.profile.change_rates([key.name], [time.name for time in times])
         finest = max((time.distinct for time in times if change_rates[time.name] > 10 * MAX_CHANGE_RATE), default=0)
@@ -309,7 +291,7 @@ def _find_request(schema: InferredSchema) -> None:
     if "request" in keys:
         _find_scope(schema, keys["request"], True)
         return
-    pool = [id_ for id_ in schema.unassigned() if id_.can_be_key and id_.unit is None and id_.distinct > 1]
+    pool = [id_ for id_ in schema.unassigned() if id_.may_be_id and id_.distinct > 1]
     fitting = [(-rank, -id_.distinct, id_.name) for id_ in pool if (rank := match_key_name(id_.name, "request"))]
     for rank, _, name in sorted(fitting):
         if _find_scope(schema, name, False):
@@ -325,22 +307,20 @@ def _find_request(schema: InferredSchema) -> None:
     min_distinct = 0.9 * schema.columns[keys["time"]].distinct
     for column in sorted(schema.unassigned(), key=lambda column: (column.distinct, column.name)):
         fits = max(20, min_distinct) <= column.distinct <= 0.9 * column.rows
-        if not column.can_be_key or column.unit is not None or not fits:
+        if not column.may_be_id or not fits:
             continue
         fixed = [keys[key_name] for key_name in ("user", "time") if key_name in keys]
-        change_rates = schema.profile.change_rates([column.name], fixed)
-        if schema.profile.rows_per_key([column.name]) > 1.2 and all(
-            change <= _ERROR_RATE for change in change_rates.values()
-        ):
+        changes = schema.profile.change_rates([column.name], fixed).values()
+        if schema.profile.rows_per_key([column.name]) > 1.2 and all(change <= _ERROR_RATE for change in changes):
             keys["request"] = column.name
             schema.key_checks["request"] = "no name says so, but its rows have one time"
             return
 
 
 def _find_scope(schema: InferredSchema, name: str, named_by_user: bool) -> bool:
-    """Return whether a column identifies requests, and find the scope of its IDs.
+    """Return whether a column identifies requests, and set whether its IDs are unique in the log or for each user.
 
-    All rows of an ID, or of an ID and a user, must have one user and almost always one time.
+    All rows with the same ID (or with the same ID and user) must have one user and almost always one time.
     """
     keys = schema.keys
     fixed = [keys[key_name] for key_name in ("user", "time") if key_name in keys and keys[key_name] != name]
@@ -392,16 +372,14 @@ def _find_by_structure(schema: InferredSchema) -> None:
 
 def _shared_ids(schema: InferredSchema) -> list[Column]:
     """Return columns that may hold IDs shared by several rows, most values first. Empty if the log has no times."""
-    pool = [
-        column for column in schema.unassigned() if column.can_be_key and column.unit is None and not column.is_binary
-    ]
+    pool = [column for column in schema.unassigned() if column.may_be_id and not column.is_binary]
     pool = [column for column in pool if 30 <= column.distinct <= 0.5 * column.rows]
     pool = [column for column in pool if column.kind != "integer" or not has_word(column.name, _AMOUNT_WORDS)]
     return sorted(pool, key=lambda column: (-column.distinct, column.name)) if "time" in schema.keys else []
 
 
 def _may_be_user(column: Column) -> bool:
-    """Return whether a column's name doesn't suggest amounts, times or groups of users."""
+    """Return whether a column may identify users: its name doesn't suggest an amount, a time or a group of users."""
     return not has_word(column.name, GROUP_WORDS | TIME_WORDS) and (
         column.kind == "text" or not has_stem(column.name, OUTCOME_STEMS + NUMERIC_LABEL_STEMS)
     )

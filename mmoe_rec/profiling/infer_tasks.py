@@ -20,7 +20,7 @@ from mmoe_rec.profiling.profile import Column, to_days
 
 _MAX_TASKS = 5
 _MAX_EVENT_TYPES = 20
-"""Distinct values of a column of event types."""
+"""Most distinct values of a column of event types."""
 _YES_NO = {"0", "1", "f", "false", "ja", "n", "nein", "no", "non", "oui", "si", "sí", "t", "true", "y", "yes"}
 
 
@@ -30,14 +30,10 @@ def infer_tasks(schema: InferredSchema) -> None:
     Raises:
         UserError: No column looks like a label, or a column that the user named can't be a label.
     """
-    named = schema.corrections.get("task", ())
-    if named:
-        for name in named:
-            _check_label(schema, schema.columns[name])
-        schema.tasks = [
-            InferredTask(name, "binary" if schema.columns[name].is_binary else "regression")
-            for name in dict.fromkeys(named)
-        ]
+    if named := [schema.columns[name] for name in dict.fromkeys(schema.corrections.get("task", ()))]:
+        for label in named:
+            _check_label(label)
+        schema.tasks = [InferredTask(label.name, "binary" if label.is_binary else "regression") for label in named]
     else:
         schema.tasks = _guess_tasks(schema)
     near_labels = _explain_near_labels(schema)
@@ -75,21 +71,20 @@ def infer_tasks(schema: InferredSchema) -> None:
 
 
 def _explain_near_labels(schema: InferredSchema) -> dict[str, str]:
-    """Return the columns that have a label's name and few values but are not labels, each with the reason.
+    """Leave out columns that have a label's name but aren't labels, and return the reason for each.
 
-    The columns are left out. If no guessed task has a label's name, one of them is the real label, so the guesses are
-    dropped.
+    If no guessed task has a label's name, such a column is probably the real label, so the guesses are dropped.
     """
     near_labels, placements = dict[str, str](), schema.corrections.get("placement", ())
     unassigned = {column.name for column in schema.unassigned()}.difference(placements)
-    named = [column for column in schema.columns.values() if column.name in unassigned | schema.left_out.keys()]
     named = [
         column
-        for column in named
-        if has_stem(column.name, LABEL_STEMS) and not has_word(column.name, PAST_WORDS | PLACEMENT_WORDS | CODE_WORDS)
-    ]
-    named = [
-        column for column in named if column.kind in ("text", "integer", "number", "boolean") and column.distinct <= 3
+        for column in schema.columns.values()
+        if column.name in unassigned | schema.left_out.keys()
+        and has_stem(column.name, LABEL_STEMS)
+        and not has_word(column.name, PAST_WORDS | PLACEMENT_WORDS | CODE_WORDS)
+        and column.kind in ("text", "integer", "number", "boolean")
+        and column.distinct <= 3
     ]
     constant = _find_constant(schema, [column for column in named if column.name in unassigned])
     is_guess = not any(has_stem(task.column, LABEL_STEMS + NUMERIC_LABEL_STEMS) for task in schema.tasks)
@@ -115,7 +110,7 @@ def _explain_near_labels(schema: InferredSchema) -> dict[str, str]:
     return near_labels
 
 
-def _check_label(schema: InferredSchema, column: Column) -> None:
+def _check_label(column: Column) -> None:
     if column.kind not in ("integer", "number", "boolean"):
         raise UserError(
             f"--task '{column.name}' has values of type {column.type}. A label must be a number, 0 or 1, true or false."
@@ -130,9 +125,9 @@ def _rate(schema: InferredSchema, column: str) -> float:
 
 def _guess_tasks(schema: InferredSchema) -> list[InferredTask]:
     """Guess tasks from binary columns with a label's name, else from other binary columns, else from numbers."""
-    flags = [flag for flag in schema.unassigned() if flag.is_binary]
     placements = schema.corrections.get("placement", ())
-    flags = _keep_varying(schema, [flag for flag in flags if flag.name not in placements])
+    flags = [flag for flag in schema.unassigned() if flag.is_binary and flag.name not in placements]
+    flags = _keep_varying(schema, flags)
     inputs = PAST_WORDS | PLACEMENT_WORDS
     named = [flag for flag in flags if has_stem(flag.name, LABEL_STEMS) and not has_word(flag.name, inputs)]
     tasks = [InferredTask(flag.name) for flag in named]
@@ -168,7 +163,7 @@ def _why_label(schema: InferredSchema, column: Column, named: Sequence[Column]) 
 
 
 def _keep_most_frequent(schema: InferredSchema, tasks: list[InferredTask]) -> list[InferredTask]:
-    """Leave out the rarest of too many tasks."""
+    """Return the `_MAX_TASKS` tasks with the most positive labels, and leave out the columns of the rest."""
     if len(tasks) > _MAX_TASKS:
         tasks.sort(key=lambda task: (-_rate(schema, task.column), task.column))
     for task in tasks[_MAX_TASKS:]:
@@ -189,11 +184,8 @@ def _find_constant(schema: InferredSchema, columns: Sequence[Column]) -> dict[st
     A rare label is not constant. It changes seldom, but as often within a user as anywhere, so its change rate is high.
     """
     constant, keys = dict[str, str](), schema.keys
-    for key_name, max_rate, min_rows in (
-        ("user", 2 * MAX_CHANGE_RATE, 1.5),
-        ("candidate", 2 * MAX_CHANGE_RATE, 1.5),
-        ("request", 0.001, 1.05),
-    ):
+    limits = {"user": (2 * MAX_CHANGE_RATE, 1.5), "candidate": (2 * MAX_CHANGE_RATE, 1.5), "request": (0.001, 1.05)}
+    for key_name, (max_rate, min_rows) in limits.items():
         by = schema.request_keys if key_name == "request" else [keys[key_name]] if key_name in keys else []
         names = [column.name for column in columns if column.name not in constant]
         if by and names and schema.profile.rows_per_key(by) > min_rows:
@@ -207,15 +199,13 @@ def _implies(schema: InferredSchema, rarer: Column, wider: Column) -> bool:
     """Return whether `rarer` is 1 only where `wider` is 1, and less often."""
     if rarer is wider:
         return False
-    rows, both = (
-        schema.profile.count_rows(rarer.positive_sql),
-        schema.profile.fraction(wider.positive_sql, rarer.positive_sql),
-    )
+    rows = schema.profile.count_rows(rarer.positive_sql)
+    both = schema.profile.fraction(wider.positive_sql, rarer.positive_sql)
     return rows >= 20 and both > 0.999 and _rate(schema, rarer.name) < 0.98 * _rate(schema, wider.name)
 
 
 def _find_condition(schema: InferredSchema, task: InferredTask, earlier: Sequence[InferredTask]) -> None:
-    """Set the more frequent task that restricts the rows in which the label is observed."""
+    """Find the more frequent task whose positive rows are the only rows in which the label is observed."""
     column = schema.columns[task.column]
     task.score_weight = 0.0 if is_negative_label(task.column) else 1.0
     positives = {wider.column: schema.columns[wider.column].positive_sql for wider in earlier}
@@ -234,26 +224,22 @@ def _find_condition(schema: InferredSchema, task: InferredTask, earlier: Sequenc
 
 
 def infer_label_delays(schema: InferredSchema) -> None:
-    """Infer after how many days labels are final, from the times of outcomes or from the last rows with labels."""
-    keys = schema.keys
-    if "time" not in keys:
+    """Infer after how many days labels are final, from times of outcomes or from the last rows with labels."""
+    if "time" not in schema.keys:
         return
-    time = schema.columns[keys["time"]]
-    t = time.time_sql
+    fraction = schema.profile.fraction
     outcomes = [column for column in schema.columns.values() if column.kind == "time" and column.nulls]
-    outcomes = [column for column in outcomes if column.name != time.name]
     for task in schema.tasks:
         label = schema.columns[task.column]
         happened = label.positive_sql if task.kind == "binary" else f"{label.sql} IS NOT NULL"
-        for outcome in outcomes:
+        for outcome in outcomes:  # A time of the label's outcome is null exactly where the label is not positive.
             has_time = f"{outcome.sql} IS NOT NULL"
-            fraction = schema.profile.fraction
             if fraction(happened, has_time) > 0.98 and fraction(has_time, happened) > 0.98:
-                delay = schema.profile.quantile(f"{outcome.time_sql} - {t}", 0.999, has_time)
+                delay = schema.profile.quantile(f"{outcome.time_sql} - {schema.time_sql}", 0.999, has_time)
                 if delay is not None and delay > 0:
                     task.label_delay_days = _round_up(to_days(delay))
                     task.notes.append(f"{outcome.name} is at most this much later than the request")
-        # A label has a meaning only in the rows of its condition.
+        # Nulls in rows without an observed label don't show a delay.
         condition = "true" if task.observed_when is None else schema.columns[task.observed_when[0]].positive_sql
         if not task.label_delay_days and (days := _null_at_end(schema, label, condition)) is not None:
             task.label_delay_days = days
@@ -265,10 +251,9 @@ def infer_label_delays(schema: InferredSchema) -> None:
 
 def _null_at_end(schema: InferredSchema, label: Column, condition: str) -> float | None:
     """Return for how many days at the log's end a label is null in all rows of a condition, None if it is not."""
-    keys, profile = schema.keys, schema.profile
-    if "time" not in keys or not label.nulls:
+    profile, t = schema.profile, schema.time_sql
+    if "time" not in schema.keys or not label.nulls:
         return None
-    t = schema.columns[keys["time"]].time_sql
     last_label = profile.scalar(f"SELECT max({t}) FROM log WHERE {label.sql} IS NOT NULL")
     rows_after = profile.count_rows(f"({condition}) AND {t} > {last_label}")
     first_null = profile.scalar(f"SELECT min({t}) FROM log WHERE ({condition}) AND {t} > {last_label}")

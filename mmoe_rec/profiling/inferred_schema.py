@@ -19,7 +19,7 @@ MAX_CHANGE_RATE = 0.05
 
 @dataclass
 class InferredTask:
-    """A guessed task, with notes for the settings file and reasons to check the guess."""
+    """Settings of a guessed task, notes for the settings file, and reasons to check the guess."""
 
     column: str
     kind: Literal["binary", "regression"] = "binary"
@@ -47,7 +47,7 @@ class InferredSchema:
         keys: Key name -> column.
         request_scope: Whether request IDs are unique in the whole log or only for each user.
         time_unit: Unit of integer times.
-        sampling_rate: Column with the rate at which the row was sampled.
+        sampling_rate: Column with the fraction of similar rows that the log kept.
         weight: Column with the weight of the row.
         split: Column that assigns rows to splits, and split -> values of the column.
         roles: Role -> columns.
@@ -110,7 +110,7 @@ class InferredSchema:
         return self.columns[name].distinct if name else 0
 
     def unassigned(self) -> list[Column]:
-        """Return the columns without a meaning so far."""
+        """Return the columns that are not yet a key, an input, a task, a weight or left out."""
         taken = {*self.keys.values(), *self.left_out, self.sampling_rate, self.weight}
         taken |= {task.column for task in self.tasks} | {name for names in self.roles.values() for name in names}
         taken |= {self.split[0]} if self.split else set()

@@ -14,7 +14,7 @@ def _stems(text: str) -> tuple[str, ...]:
 
 ID_WORDS = _words("code guid hash id ids idx index key no nr num number pk ref sk uuid")
 _QUALIFIERS = _words("anon anonymous encrypted external full hashed internal masked pseudo unique")
-"""Words that don't change whom an ID identifies."""
+"""Words that may accompany an ID's name without changing its meaning, as in hashed_user_id."""
 KEY_WORDS = {
     "user": _words(
         "account acct applicant benutzer borrower buyer candidat cardholder client cliente comprador consumer cust "
@@ -104,15 +104,8 @@ def split_words(name: str) -> list[str]:
     return [word for word in re.split(r"[\W_\d]+", parts.lower()) if word]
 
 
-def has_only(name: str, hints: Collection[str]) -> bool:
-    """Return whether a name consists of hint words, ID words and qualifiers only, with at least one hint word.
-
-    For the hint "user", user_id qualifies and user_country does not.
-
-    Args:
-        name: Name of a column.
-        hints: Lowercase words to look for.
-    """
+def _has_only(name: str, hints: Collection[str]) -> bool:
+    """Return whether all words of a name are hints, ID words or qualifiers, and at least one is a hint."""
     words = split_words(name)
     if len(words) == 1:  # A hint and an ID word can be joined, as in kundennr.
         return any(
@@ -124,17 +117,14 @@ def has_only(name: str, hints: Collection[str]) -> bool:
 
 
 def match_key_name(name: str, key_name: str) -> int:
-    """Return how well a name fits a key column.
+    """Return 2 if a name denotes a key, 1 if the column can serve as the key, else 0.
 
     Args:
         name: Name of a column.
         key_name: Key, such as `user`.
-
-    Returns:
-        2 if the name denotes the key, 1 if the column can serve as the key, else 0.
     """
     strong = KEY_WORDS[key_name]
-    return 2 if has_only(name, strong) else int(has_only(name, strong | FALLBACK_KEY_WORDS[key_name]))
+    return 2 if _has_only(name, strong) else int(_has_only(name, strong | FALLBACK_KEY_WORDS[key_name]))
 
 
 def is_negative_label(name: str) -> bool:
@@ -144,7 +134,7 @@ def is_negative_label(name: str) -> bool:
 
 def is_id_name(name: str) -> bool:
     """Return whether a name denotes IDs, so that its integers are not times, however large."""
-    is_key = any(has_only(name, hints) for keys in (KEY_WORDS, FALLBACK_KEY_WORDS) for hints in keys.values())
+    is_key = any(_has_only(name, hints) for keys in (KEY_WORDS, FALLBACK_KEY_WORDS) for hints in keys.values())
     return (has_word(name, ID_WORDS) and not has_word(name, CLOCK_WORDS)) or (is_key and not has_word(name, TIME_WORDS))
 
 

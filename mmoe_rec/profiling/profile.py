@@ -1,8 +1,7 @@
 """Statistics of a log's columns and of dependencies between them, computed by SQL over the Parquet files.
 
-One pass counts each column. Dependencies are measured in samples of whole users, candidates or requests. The results
-don't depend on the order of rows and files, because samples are drawn by hashes, sums are of integers, and quantiles
-are exact.
+The results don't depend on the order of rows and files, because samples are drawn by hashes, sums are of integers, and
+quantiles are exact.
 """
 
 import math
@@ -34,13 +33,13 @@ SAMPLE_ROWS = 300_000
 MAX_ROWS_IN_MEMORY = 4_000_000
 """Rows of the largest log that is kept in memory. The files of a larger log are read again for each sample."""
 HALF_COLUMN = "\0half"
-"""Column of a sample with the half of the keys that a row belongs to."""
+"""Column of a sample: whether the key of the row is in the first half of the keys."""
 _COLUMNS_PER_QUERY = 64
 """Columns that one query sorts."""
 _BINS, _PRIOR_ROWS = 64, 20.0
 _MIN_ROWS = 20
 """With fewer rows, a column may rank a label well by chance."""
-# Nanoseconds are 0 here and divided by 1,000 instead.
+# Factors to convert times to microseconds. 0 stands for nanoseconds, which are divided by 1,000.
 _MICROSECONDS_PER_UNIT = {"s": 1_000_000, "ms": 1000, "us": 1, "ns": 0}
 _EARLIEST, _LATEST = (datetime(year, 1, 1, tzinfo=UTC).timestamp() for year in (1990, 2033))
 """Range of integers that may be times. Dates written as integers, such as 2014102100, are later as seconds."""
@@ -83,8 +82,13 @@ class Column:
 
     @property
     def can_be_key(self) -> bool:
-        """Whether rows can be grouped by the column."""
+        """Whether the column holds integers or text without nulls."""
         return self.kind in ("integer", "text") and not self.nulls
+
+    @property
+    def may_be_id(self) -> bool:
+        """Whether the column can be a key and its integers are no times."""
+        return self.can_be_key and self.unit is None
 
     @property
     def may_be_time(self) -> bool:
@@ -252,10 +256,10 @@ class Profile:
     def change_rates(
         self, keys: Sequence[str], columns: Sequence[str], order: str = "0", merge_ties: bool = False
     ) -> dict[str, float]:
-        """Measure how often each column changes between consecutive rows of the same keys.
+        """Measure how often each column changes between consecutive rows with the same keys.
 
-        The rate is divided by how often any two rows of the log differ in the column. It is 0 if the keys determine the
-        column, and about 1 if they are independent of it.
+        This rate is divided by how often any two rows of the log differ in the column. The result is 0 if the keys
+        determine the column, and about 1 if the column is independent of the keys.
 
         Args:
             keys: Names of the key columns.
@@ -264,7 +268,7 @@ class Profile:
             merge_ties: Whether rows with the same keys and order count as one.
 
         Returns:
-            Column -> change rate. It is 0 for a column with a single value, and NaN if no key has two rows.
+            Column -> change rate, 0 for a column with a single value, NaN if no key has two rows.
         """
         if not columns:
             return {}
@@ -298,11 +302,9 @@ class Profile:
 
     def rows_per_key(self, keys: Sequence[str]) -> float:
         """Return the mean number of rows with the same values in the key columns."""
-        by = ", ".join(self._sql[key] for key in keys)
-        rows = self._sample([self._sql[key] for key in keys])
-        count, groups = self._database.row(
-            f"SELECT sum(n), count(*) FROM (SELECT count(*) n FROM {rows} GROUP BY {by})"
-        )
+        by = [self._sql[key] for key in keys]
+        counts = f"SELECT count(*) n FROM {self._sample(by)} GROUP BY {', '.join(by)}"
+        count, groups = self._database.row(f"SELECT sum(n), count(*) FROM ({counts})")
         return float(count) / max(groups, 1)
 
     def count_duplicates(self, keys: Sequence[str]) -> int:
@@ -317,14 +319,13 @@ class Profile:
             condition: SQL condition.
             of: SQL condition of the rows to consider.
         """
-        both, some = self._database.row(
-            f"SELECT count(*) FILTER (({condition}) AND ({of})), count(*) FILTER ({of}) FROM log"
-        )
+        counts = f"count(*) FILTER (({condition}) AND ({of})), count(*) FILTER ({of})"
+        both, some = self._database.row(f"SELECT {counts} FROM log")
         return both / some if some else 0.0
 
     def count_rows(self, condition: str) -> int:
         """Return the number of rows that satisfy an SQL condition."""
-        return int(self._database.row(f"SELECT count(*) FILTER ({condition}) FROM log")[0])
+        return int(self.scalar(f"SELECT count(*) FILTER ({condition}) FROM log"))
 
     def quantile(self, expression: str, fraction: float, where: str = "true") -> Any:
         """Return an exact quantile of an SQL expression, None if there are no rows.
@@ -334,10 +335,8 @@ class Profile:
             fraction: Level of the quantile, from 0 to 1.
             where: SQL condition of the rows to consider.
         """
-        query = (
-            f"SELECT quantile_disc({expression}, {fraction}) FROM log WHERE ({where}) AND ({expression}) IS NOT NULL"
-        )
-        return self.scalar(query)
+        where = f"({where}) AND ({expression}) IS NOT NULL"
+        return self.scalar(f"SELECT quantile_disc({expression}, {fraction}) FROM log WHERE {where}")
 
     def sample(self, keys: Sequence[str], columns: Sequence[str]) -> pa.Table:
         """Read columns of all rows of some key values, with list columns as lengths.
@@ -371,17 +370,15 @@ class Profile:
             limit: Maximum number of values.
         """
         sql = self._sql[column]
-        query = (
-            f"SELECT {sql} FROM log WHERE {sql} IS NOT NULL GROUP BY ALL ORDER BY count(*) DESC, {sql} LIMIT {limit}"
-        )
-        return [row[0] for row in self._database.rows(query)]
+        values = f"SELECT {sql} FROM log WHERE {sql} IS NOT NULL GROUP BY ALL"
+        return [row[0] for row in self._database.rows(f"{values} ORDER BY count(*) DESC, {sql} LIMIT {limit}")]
 
 
 _COLUMN_USES: dict[ColumnKind, ColumnUse] = {"number": "number", "time": "time", "keys": "keys", "vector": "vector"}
 
 
 def _is_readable(field: pa.Field, kind: str) -> bool:
-    """Return whether features can read a column of this type as the kind that its type in queries suggests."""
+    """Return whether features can read a column of this Arrow type as values of this type in DuckDB."""
     if _kind_of(kind) in ("empty", "other"):
         return True
     try:
@@ -420,17 +417,17 @@ def _unit_of(low: int, high: int) -> str | None:
 def target_encoding_auc(
     codes: np.ndarray, labels: np.ndarray, fit_mask: np.ndarray, min_class_rows: int = 3
 ) -> tuple[float, float]:
-    """Rank rows by the mean label of their value (target encoding), fitted on one half of the keys.
+    """Measure how well the mean label of each value (target encoding) ranks other rows.
 
     Args:
         codes: Value of each row from `factorize_binned`, shape (N,), int64 from 0.
         labels: Labels between 0 and 1, shape (N,), NaN where not observed.
-        fit_mask: Whether the mean label is fitted on the row, shape (N,), bool. The rest evaluate.
+        fit_mask: Rows to compute mean labels from, shape (N,), bool. The rest are ranked.
         min_class_rows: Number of rows that each half needs above label 0, and below label 1.
 
     Returns:
-        The area under the ROC curve, and the precision: the fraction of the rarer label among the top rows, as many as
-        the label has. A condition of a rare label, such as the page with the button, has a high area and a low
+        The AUC, and the precision: of the K best rows, the fraction with the rarer label, where K is the number of rows
+        with this label. A mere condition of a rare label, such as the page with the button, has a high AUC and a low
         precision. Both are NaN if there are too few rows.
     """
     observed = ~np.isnan(labels)
@@ -464,11 +461,7 @@ def implies_positive(codes: np.ndarray, labels: np.ndarray, chance: np.ndarray |
 
 
 def factorize_binned(values: pa.ChunkedArray) -> np.ndarray:
-    """Encode the values of a column as integers, with numbers in bins.
-
-    Returns:
-        One code for each text, bin of numbers, or null, shape (N,), int64 from 0.
-    """
+    """Encode texts, bins of numbers, and null as integers. Returns shape (N,), int64 from 0."""
     kind = values.type
     if pa.types.is_temporal(kind):
         values = values.cast(pa.int64()) if not pa.types.is_date(kind) else values.cast(pa.int32()).cast(pa.int64())

@@ -19,9 +19,9 @@ from mmoe_rec.profiling.profile import Column, Profile, to_days
 _WINDOWS = (91, 28, 7, 1, 0.125)
 _MAX_ATTRIBUTES, _MAX_CONTEXTS, _MAX_GROUPS = 4, 3, 2
 _MAX_CONTEXT_VALUES = 5000
-"""Most values of a context column that is counted by candidate. Finer columns, as a session, are counted by user."""
+"""Most values of a context column whose counters also count by candidate. Finer columns (a session) count by user."""
 _MAX_PAIRS, _ROWS_PER_PAIR = 4, 20
-"""Most pairs of a user and a candidate attribute that are counted, and rows needed for each pair of values."""
+"""Most pairs of a user and a candidate attribute that get a counter, and rows needed for each pair of values."""
 _TEST_FRACTION, _VALIDATION_FRACTION = 0.2, 0.1
 
 
@@ -36,15 +36,7 @@ class CommentedSetting:
 
 @dataclass
 class EventLog:
-    """A log of events.
-
-    Attributes:
-        name: Name of the log in the settings.
-        path: Path of its files.
-        profile: Statistics of the log.
-        time: Name of its time column.
-        check: Why a person should check the time column.
-    """
+    """An event log, its time column, and why a person should check the choice of the time column."""
 
     name: str
     path: str
@@ -54,11 +46,7 @@ class EventLog:
 
 
 class ProposedSettings:
-    """Features, split, model and training for a log, as sections of a settings file.
-
-    Attributes:
-        train_days: Days from the first to the last training row.
-    """
+    """Features, split, model and training for a log, as sections of a settings file."""
 
     def __init__(self, schema: InferredSchema, events: Sequence[EventLog], timezone: str | None) -> None:
         """Propose all sections.
@@ -75,7 +63,7 @@ class ProposedSettings:
         self.columns, self.keys = schema.columns, schema.keys
         self.features, self.split, self.training, self.model = (dict[str, CommentedSetting]() for _ in range(4))
         self._has_requests = schema.rows_per_request > 1.05
-        self.train_days = 0.0
+        self._train_days = 0.0  # From the first to the last training row.
         self._propose_split()
         self._propose_columns()
         if "time" in self.keys:
@@ -113,15 +101,13 @@ class ProposedSettings:
                 f"{to_days(last - first):.1f} days. Use a longer log."
             )
         ends = self._cut(t, first, end)
-        split["train_end"] = CommentedSetting(
-            _as_time(ends[0]), f"the first {self.profile.fraction(f'{t} < {ends[0]}'):.0%} of the rows"
-        )
+        note = f"the first {self.profile.fraction(f'{t} < {ends[0]}'):.0%} of the rows"
+        split["train_end"] = CommentedSetting(_as_time(ends[0]), note)
         split["validation_end"] = CommentedSetting(_as_time(ends[1]), "these rows choose the best state of the model")
         if delay_days:
-            split["test_end"] = CommentedSetting(
-                _as_time(end), f"labels are final {delay_days:g} days later, when the log ends"
-            )
-        self.train_days = to_days(ends[0] - first)
+            note = f"labels are final {delay_days:g} days later, when the log ends"
+            split["test_end"] = CommentedSetting(_as_time(end), note)
+        self._train_days = to_days(ends[0] - first)
 
     def _cut(self, t: str, first: int, end: int) -> tuple[int, int]:
         """Return the first times of validation and test rows: midnights (UTC) if the fractions fit, else row times."""
@@ -148,10 +134,8 @@ class ProposedSettings:
     def _find_unfair(self, t: str, cuts: Sequence[int], usable: str) -> str:
         """Return the fractions of training, validation and test rows, "" if each is between half and twice its goal."""
         train, both = (self.profile.fraction(f"{t} < {cut}", usable) for cut in cuts[:2])
-        parts, goals = (
-            (train, both - train, 1 - both),
-            (1 - _TEST_FRACTION - _VALIDATION_FRACTION, _VALIDATION_FRACTION, _TEST_FRACTION),
-        )
+        parts = (train, both - train, 1 - both)
+        goals = (1 - _TEST_FRACTION - _VALIDATION_FRACTION, _VALIDATION_FRACTION, _TEST_FRACTION)
         is_fair = all(0.5 < part / goal < 2 for part, goal in zip(parts, goals, strict=True))
         return "" if is_fair else ", ".join(f"{part:.0%}" for part in parts)
 
@@ -166,7 +150,7 @@ class ProposedSettings:
                 if not self._propose_column(self.columns[name], role):
                     self.schema.roles[role].remove(name)
         time = self.keys.get("time")
-        parts = ["hour"] * (time is not None and self._has_hours(time)) + ["weekday"] * (self.train_days >= 14)
+        parts = ["hour"] * (time is not None and self._has_hours(time)) + ["weekday"] * (self._train_days >= 14)
         if parts:
             zone = {"timezone": self.timezone} if self.timezone else {}
             check = "" if zone else "UTC is assumed. Name the users' time zone with --timezone, such as Europe/Berlin"
@@ -190,15 +174,12 @@ class ProposedSettings:
 
     def _propose_column(self, column: Column, role: str) -> bool:
         """Add the features of a column. Returns False, and leaves the column out, if it allows no feature."""
-        check = self.schema.checks.get(column.name, "")
-        doubt = ""
+        doubt, unit = "", column.unit
         if column.kind == "number" and not {"id", "ids", "code", "zip", "plz"}.isdisjoint(split_words(column.name)):
             doubt = f"values of type {column.type} are read as amounts. If they are IDs, cast them"
-        elif column.unit is not None and not has_word(column.name, TIME_WORDS):
-            doubt = (
-                f"read as amounts: if they are {column.unit} since 1970, write timestamps, and if they are IDs, text"
-            )
-        check = "; ".join(filter(None, (doubt, check)))
+        elif unit is not None and not has_word(column.name, TIME_WORDS):
+            doubt = f"read as amounts: if they are {unit} since 1970, write timestamps, and if they are IDs, text"
+        check = "; ".join(filter(None, (doubt, self.schema.checks.get(column.name))))
         features, key = self._features_of(column), self.columns.get(self.keys.get(role, ""))
         if features is None:
             self.schema.left_out[column.name] = "it has too many, too rare values to learn from"
@@ -232,14 +213,12 @@ class ProposedSettings:
         return [("", {"kind": "id", **source, **self._sizes(column)}, f"about {column.distinct:,} values")]
 
     def _is_code(self, column: Column) -> bool:
-        """Return whether integers are codes rather than amounts: their name says so, or they are few and sparse."""
+        """Return whether integers are codes rather than amounts, by their name or as few values in a wide range."""
         if has_word(column.name, CODE_WORDS):
             return True
         if column.unit is not None:  # They are probably times.
             return False
-        return (
-            column.distinct >= 20 and column.high - column.low > 10_000 * column.distinct and column.distinct < 100_000
-        )
+        return 20 <= column.distinct < 100_000 and column.high - column.low > 10_000 * column.distinct
 
     def _sizes(self, column: Column) -> dict[str, Any]:
         if self.schema.is_plain_table:
@@ -276,20 +255,14 @@ class ProposedSettings:
         return [name for _, name in sorted(fitting)[:limit]]
 
     def _windows(self, many: bool, events: bool = False) -> list[float | None]:
-        """Return trailing windows in days that are at most half the training span.
-
-        Labels get no window of 91 days, since labels become final late and are few.
-        """
+        """Return trailing windows in days that are at most half the training span. Only events get 91 days."""
         has_hours = self._has_hours(self.keys["time"])
-        usable = [days for days in _WINDOWS if days <= self.train_days / 2 and (has_hours or days >= 1)]
+        usable = [days for days in _WINDOWS if days <= self._train_days / 2 and (has_hours or days >= 1)]
         usable = usable if events else [days for days in usable if days <= 28]
         return [None, *(usable if many else usable[: 1 + events])]
 
     def _counter_keys(self, columns: Mapping[str, Any], has_few_labels: bool = False) -> list[tuple[list[str], bool]]:
-        """Return the keys of counters for a log with these columns, and whether each key is worth many windows.
-
-        Few labels justify only counters by user, candidate, candidate attributes and one pair of attributes.
-        """
+        """Return the keys of counters for a log with these columns, and whether each key is worth many windows."""
         user, candidate = self.keys.get("user"), self.keys.get("candidate")
         candidates = self.columns[candidate].distinct if candidate else 0
         of_candidate = self._groups("candidate", _MAX_ATTRIBUTES, 3, 0.5 * candidates)
@@ -388,7 +361,7 @@ def infer_event_log(path: str, name: str, profile: Profile, schema: InferredSche
         path: Path of the event log.
         name: Name of the log in the settings.
         profile: Statistics of the event log.
-        schema: Inferred schema of the main log. Its time unit is set if it was open.
+        schema: Inferred schema of the main log. Its time unit is set if it was unknown.
 
     Raises:
         UserError: The event log has no times, times in another unit, or neither users nor candidates.

@@ -84,7 +84,7 @@ def draft_settings(
 
 
 def describe_guesses(schema: InferredSchema) -> Iterator[Any]:
-    """Yield the guesses as text and tables for the terminal."""
+    """Yield the guesses as text and a table for the terminal."""
     if "user" not in schema.keys:
         yield f"warning: {schema.key_checks['user']}"
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -106,7 +106,7 @@ def describe_guesses(schema: InferredSchema) -> Iterator[Any]:
 
 
 def check_replaceable(path: Path, log: str) -> str:
-    """Return the command that wrote the settings file at a path, "" if there is no file.
+    """Return the command that wrote a settings file, "" if there is no file.
 
     Args:
         path: Path of the settings file.
@@ -157,9 +157,8 @@ def _section_lines(
     checks, data = schema.checks, ["data:", f"  log: {_to_yaml(log)}"]
     data += ["  events:"] if proposal.events else []
     for events in proposal.events:
-        data += _entry_lines(
-            2, events.name, CommentedSetting({"path": events.path, "time": events.time}, check=events.check)
-        )
+        entry = CommentedSetting({"path": events.path, "time": events.time}, check=events.check)
+        data += _entry_lines(2, events.name, entry)
     data.append(f"  work_dir: {_to_yaml(work)}")
     if "duplicates" in schema.key_checks:
         data += _entry_lines(1, "on_duplicates", CommentedSetting("keep", check=schema.key_checks["duplicates"]))
@@ -201,8 +200,7 @@ def _columns(schema: InferredSchema) -> dict[str, CommentedSetting]:
     if schema.time_unit is not None:
         columns["time_unit"] = CommentedSetting(schema.time_unit)
     for key in ("sampling_rate", "weight"):
-        column = getattr(schema, key)
-        if column is not None:
+        if (column := getattr(schema, key)) is not None:
             columns[key] = CommentedSetting(column, check=schema.checks.get(column, ""))
     return columns
 

@@ -12,8 +12,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.inference.artifact_writer import finalize_artifact, write_with_weights
 from mmoe_rec.inference.export import (
-    ExportModule,
     ModelOutputs,
+    _ExportModule,
     build_onnx_inputs,
     encode_request,
     load_onnx,
@@ -188,13 +188,13 @@ def test_the_readme_runs(given: tuple[Path, Ranker, Path], monkeypatch: pytest.M
 
 
 def test_another_value_is_refused(means: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = ExportModule.dense
+    dense = _ExportModule._dense
 
-    def off(self: ExportModule, inputs: torch.Tensor, tree_logits: None) -> tuple[torch.Tensor, ...]:
+    def off(self: _ExportModule, inputs: torch.Tensor, tree_logits: None) -> tuple[torch.Tensor, ...]:
         values, *scores = dense(self, inputs, tree_logits)
         return values + torch.tensor([0.0, 1e-4, 0.0]), *scores
 
-    monkeypatch.setattr(ExportModule, "dense", off)
+    monkeypatch.setattr(_ExportModule, "_dense", off)
     with pytest.raises(UserError, match=r"differs from the model: .* 'liked' is off by 0\.0001"):
         write_onnx(means.folder, tmp_path)
 
@@ -205,6 +205,6 @@ def test_a_model_that_the_exporter_can_not_follow_is_refused(
     def forward(self: object, inputs: torch.Tensor, tree_logits: None) -> torch.Tensor:
         return inputs if inputs.sum() > 0 else -inputs
 
-    monkeypatch.setattr(ExportModule, "dense", forward)
+    monkeypatch.setattr(_ExportModule, "_dense", forward)
     with pytest.raises(UserError, match="torch's exporter can't turn this model into ONNX"):
         write_onnx(means.folder, tmp_path)

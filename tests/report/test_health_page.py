@@ -39,7 +39,7 @@ def test_the_page_says_what_is_wrong_or_that_nothing_is(health, tmp_path):
     for words in (
         "2 problems and 1 warning found",
         "drift</span>",
-        "Left out: logs/7.parquet: is truncated",
+        "Skipped: logs/7.parquet: is truncated",
         "labels</span>",
     ):
         assert words in text

@@ -14,7 +14,7 @@ from mmoe_rec.batches.encoded_dataset import EncodedDataset
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.evaluate import ID_COLUMNS, score_rows
 from mmoe_rec.evaluation.prediction_files import columns_from_settings
-from mmoe_rec.inference.batch_scoring import scored_file, write_ranked
+from mmoe_rec.inference.batch_scoring import _scored_file, write_ranked
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.database import open_database
@@ -190,7 +190,7 @@ def test_equal_scores_keep_the_order_of_the_rows(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     for part in starts:
         own = rows.filter(pc.equal(parts["part"], part))
-        with pa.ipc.new_file(str(scored_file(tmp_path, part)), own.schema) as file:
+        with pa.ipc.new_file(str(_scored_file(tmp_path, part)), own.schema) as file:
             file.write_table(own)
     with open_database(tmp_path / "database") as database:
         database.create_table("rows", parts.schema, [parts.take(pa.array(rng.permutation(300)))])

@@ -42,7 +42,6 @@ def whole(written: Path, fine: None) -> dict[str, bytes]:
 
 
 def alone(tmp_path: Path) -> bool:
-    """Whether nothing but outputs is left in the folder."""
     return {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
@@ -83,8 +82,7 @@ def test_other_scores_take_the_place_of_those_that_were_there(
 def test_scores_are_replaced_once_new_ones_are_whole(
     small: SmallModel, source: Path, tmp_path: Path, fine: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = score_log(small.folder, source, tmp_path / "out")
-    assert not first.reused
+    assert not score_log(small.folder, source, tmp_path / "out").reused
     assert score_log(small.folder, source, tmp_path / "out").reused
     old = files_of(tmp_path / "out")
 
@@ -103,16 +101,18 @@ def test_scores_are_replaced_once_new_ones_are_whole(
     assert files_of(tmp_path / "out") != old
 
 
-@pytest.mark.parametrize("left", ["nothing", "fewer rows"])
-def test_scores_of_which_a_part_is_gone_are_made_again(
+@pytest.mark.parametrize("left", ["nothing", "fewer rows", "an older manifest"])
+def test_incomplete_scores_are_made_again(
     small: SmallModel, source: Path, tmp_path: Path, written: Path, whole: dict[str, bytes], left: str
 ) -> None:
     out = shutil.copytree(written, tmp_path / "out")
-    part = sorted(out.glob("part-*.parquet"))[1]
-    rows = pq.read_table(part)
-    part.unlink()
-    if left == "fewer rows":
-        pq.write_table(rows.slice(1), part)
+    part, manifest = sorted(out.glob("part-*.parquet"))[1], out / "_manifest.json"
+    if left == "nothing":
+        part.unlink()
+    elif left == "fewer rows":
+        pq.write_table(pq.read_table(part).slice(1), part)
+    else:
+        manifest.write_text(manifest.read_text().replace("seen_in_training", "learnt"))
     assert not score_log(small.folder, source, out, overrides=["--data.workers", "1"]).reused
     assert files_of(out) == whole
     assert score_log(small.folder, source, out, overrides=["--data.workers", "1"]).reused
