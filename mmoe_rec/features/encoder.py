@@ -18,7 +18,7 @@ from mmoe_rec.settings.log_columns import EVENT_TASK, ColumnUse
 from mmoe_rec.settings.schema import Feature, Schema
 
 StoreType = TypeVar("StoreType", bound=EventStore)
-# Results of N rows by name: numbers of shape (N,), float32, or lists of IDs. Files and inputs are float32 too.
+# Results of N rows by name, either (N,) float32 numbers or lists of ids.
 LookupResults = Mapping[str, np.ndarray | DedupedRagged]
 
 
@@ -29,7 +29,7 @@ class Inputs:
     Attributes:
         ids: (N,) int64 ids or `Ragged` lists of ids by input name.
         dense: (N,) float32 values by input name.
-        numbers: (N,) float32 or float64 values that are not standardized yet, with their statistics.
+        numbers: Pairs of (N,) float32 or float64 values that are not standardized yet, and their statistics.
     """
 
     ids: dict[str, np.ndarray | Ragged] = field(default_factory=dict)
@@ -63,8 +63,8 @@ class InputSpec:
 
     Attributes:
         tables: Embedding tables that the encoder owns.
-        ids: Name, table and `is_list` of its id inputs.
-        dense: Its dense inputs.
+        ids: Name, table and `is_list` (see `IdInput`) of each id input.
+        dense: Dense inputs.
     """
 
     tables: tuple[TableSpec, ...] = ()
@@ -89,8 +89,8 @@ class Encoder(ABC):
     """A feature that is fitted to a log and then encodes rows from any source.
 
     Attributes:
-        counts: Mergeable partial fit, such as `IdCounts`. Partial fits of the parts of a log can be merged in any
-            order. None if the encoder uses another feature's vocabulary or is not fitted.
+        counts: Statistics that `partial_fit` collects, such as `IdCounts`. Workers collect them from parts of a log
+            and merge them in any order. None if the encoder needs none or uses another feature's vocabulary.
     """
 
     counts: Any = None
@@ -122,7 +122,7 @@ class Encoder(ABC):
         """
 
     def finish_fit(self) -> None:  # noqa: B027
-        """Compute the vocabulary or the statistics from `counts`."""
+        """Compute the vocabulary, or the mean and standard deviation, from `counts`."""
 
     def state(self) -> State:
         """Return the fitted state."""
@@ -132,42 +132,36 @@ class Encoder(ABC):
         """Load the fitted `state` of an encoder with the same settings."""
 
     def max_tables(self) -> tuple[TableSpec, ...] | None:
-        """Return the tables of `input_spec` at their largest size for any log, or None if the size is unbounded."""
+        """Return the tables of `input_spec` at the largest size that a log can cause, None without a limit."""
         return self.input_spec().tables
 
     def column_types(self) -> Mapping[str, pa.DataType]:
-        """Return the types that columns of a request must have, if fitting narrows them further than `reads`."""
+        """Return the types that columns of a request must have, where fitting decides on one type (such as int64)."""
         return {}
 
     def example_value(self, use: ColumnUse) -> Any:
-        """Return a typical value of the column that is read as `use`, for an example request, or None."""
+        """Return a typical value for an example request of the column that the feature reads as `use`, or None."""
         return None
 
 
 class NumberEncoder(Encoder):
-    """A feature that is standardized with one mean and standard deviation, which are its only state.
-
-    Attributes:
-        suffix: Suffix of the input's name.
-    """
+    """A number that is standardized. The mean and the standard deviation are the fitted state."""
 
     suffix = ""
+    """Text after the feature's name in the name of the input."""
 
     def __init__(self, name: str, feature: Any, context: EncoderContext) -> None:
-        """Create an encoder that is not fitted.
-
-        Args:
-            name: Name of the feature.
-            feature: Settings of the feature.
-            context: Objects that the encoders of the pipeline share.
-        """
         super().__init__(name, feature, context)
         self.number = DenseNumber(name + self.suffix)
         self.counts = self.number.histogram
 
     @abstractmethod
     def values(self, rows: LogRows) -> np.ndarray:
-        """Return the numbers of rows, any count per row, NaN if missing."""
+        """Return the numbers in N rows, shape (N,) or (N, numbers per row), NaN if missing."""
+
+    def numbers_to_fit(self, rows: LogRows) -> np.ndarray:
+        """Return the numbers in training rows from which the mean and standard deviation are computed."""
+        return self.values(rows)
 
     def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
         """Add the numbers of training rows to the histogram.
@@ -176,7 +170,7 @@ class NumberEncoder(Encoder):
             rows: Training rows.
             label_cutoff: Not used.
         """
-        self.number.histogram.add(self.values(rows).ravel())
+        self.number.histogram.add(self.numbers_to_fit(rows).ravel())
 
     def finish_fit(self) -> None:
         self.number.finish_fit()
@@ -189,17 +183,17 @@ class NumberEncoder(Encoder):
 
 
 class PointInTimeEncoder(Encoder, Generic[StoreType]):
-    """A feature that looks up, for each row, the earlier events that were available before its request.
+    """A feature of earlier events. A row sees only the events that were available before its request.
 
     Attributes:
         source: Name of the event log that the feature reads, None for the interaction log.
         task: Task that provides the labels.
         label_delay_us: Microseconds until a label is available.
-        key_columns: Columns that form the key.
-        label: Name of the task whose labels turn rows of the interaction log into events, None without labels.
-            Workers send these rows once, as lookups with a label.
-        numbers: Statistics of the results that are standardized, by result name.
-        store: Events that are available in this process.
+        key_columns: Columns whose values form the key. A row sees the events with the same key.
+        label: Name of the task whose labels turn rows of the interaction log into events, None without labels. Such a
+            row is both a lookup and an event, so workers send it once, as a lookup with a label.
+        numbers: Means and standard deviations of the results, by result name.
+        store: Events that this process can look up.
     """
 
     label: str | None = None
@@ -211,7 +205,7 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
             name: Name of the feature.
             feature: Settings of the feature.
             context: Objects that the encoders of the pipeline share.
-            key_columns: Columns that form the key.
+            key_columns: Columns whose values form the key.
         """
         super().__init__(name, feature, context)
         self.key_columns, self.source = key_columns, feature.events
@@ -227,18 +221,14 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
 
     @abstractmethod
     def events(self, rows: LogRows) -> pa.Table:
-        """Return the rows that later requests may look up.
-
-        Returns:
-            Table with the columns key (uint64), available_at (int64 microseconds) and values of the kind.
-        """
+        """Return a table of events with key (uint64), available_at (int64 microseconds) and the kind's own columns."""
 
     def labels(self, rows: LogRows) -> np.ndarray:
         """Return the labels of the task `label`, shape (N,)."""
         raise AssertionError(f"'{self.name}' has no labels")
 
     def events_from_labels(self, key: np.ndarray, times: np.ndarray, labels: np.ndarray) -> pa.Table:
-        """Return the events of N rows in the order of the rows.
+        """Return the events of N rows in the order of the rows, without rows that are no events.
 
         Args:
             key: (N,) uint64 keys.
@@ -259,7 +249,7 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
 
     @abstractmethod
     def compacted(self, store: StoreType, moment: int) -> StoreType:
-        """Return the part of a store that later requests can look up.
+        """Return a store without the events that requests from `moment` on can't see.
 
         Args:
             store: Store to reduce. It is not modified.
@@ -268,35 +258,27 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
 
     @abstractmethod
     def result_columns(self) -> Mapping[str, tuple[ColumnUse, pa.DataType | None]]:
-        """Return the results that a request may provide itself.
-
-        Returns:
-            Use of the column and its type, None if unknown, by result name.
-        """
+        """Return the use and the type (None if unknown) of each result, which a request may send as a column."""
 
     @abstractmethod
     def distinct_results(self, store: StoreType, lookups: Lookups) -> Mapping[str, np.ndarray | Ragged]:
-        """Return the results of D distinct lookups.
+        """Return (D,) float64 values or `Ragged` lists by result name for D distinct lookups.
 
         Args:
             store: Store of this kind of feature.
             lookups: Distinct lookups.
-
-        Returns:
-            (D,) float64 values or `Ragged` lists by result name.
         """
 
     @abstractmethod
     def explain(self, rows: LogRows) -> Mapping[str, np.ndarray]:
-        """Return the results of N rows in the units and ids of the log, from the rows' own columns or the store.
+        """Return the results of N rows by name for people to read, from columns of the request or from the store.
 
-        Returns:
-            By result name, (N,) float64 before standardization with NaN if missing, or (N,) objects that are lists
-            of ids or None.
+        Results are (N,) float64 before standardization (NaN if missing), or (N,) objects: lists of the log's ids or
+        None.
         """
 
     def to_exchange_dtype(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Return results as float32, as they are exchanged and encoded.
+        """Return results as float32, the type that workers exchange and that encoded rows have.
 
         Args:
             name: Name of the result.
@@ -312,7 +294,7 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
             number.histogram.add(values)
 
     def look_up(self, rows: LogRows) -> LookupResults:
-        """Return the results that came with the rows, or else results from this process's store."""
+        """Return the results that a worker attached to the rows, or else look them up in `store`."""
         names = self.result_columns().keys()
         if rows.results.keys() >= names:
             return {name: rows.results[name] for name in names}
@@ -335,11 +317,11 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
 
 @dataclass(frozen=True)
 class FeatureKind:
-    """A kind of feature, which is the last statement of one file in `mmoe_rec.features.kinds`.
+    """A kind of feature. Each file in `mmoe_rec.features.kinds` ends with the definition of its kind.
 
     Attributes:
-        feature: Settings, the columns that they read and metadata for the health report.
-        encoder: Partial fit, inputs, sizes, state and the results that a request may provide.
+        feature: Class of the settings.
+        encoder: Class of the encoder.
     """
 
     feature: type[Feature]

@@ -1,11 +1,12 @@
 """The latest attributes of users and candidates, so that a request can contain ids only.
 
-The latest row of a key wins. Among rows with equal times, the row with the largest hash wins. So the parts of a log can
-be merged in any order.
+If rows of a key have equal times, the row with the largest hash counts as the latest. So the parts of a log can be
+merged in any order.
 """
 
 from collections.abc import Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Literal
@@ -25,27 +26,21 @@ from mmoe_rec.point_in_time.join import add_level, find_keys
 LatestRole = Literal["user", "candidate"]
 
 
+@dataclass(eq=False)
 class LatestValues:
-    """The latest attributes with one row per key.
+    """The latest attributes of users or candidates.
 
     Attributes:
-        key: Name of the key column.
-        table: Key and attributes.
+        key: Name of the column with the IDs of users or candidates.
+        table: Key and attributes, one row per key.
         times: (rows,) int64 request times in microseconds.
-        levels: Values that arrived later, largest first. A later level has all attributes of its keys.
+        levels: Values that arrived later, largest first. They replace all attributes of their keys.
     """
 
+    key: str
+    table: pa.Table
+    times: np.ndarray
     levels: "tuple[LatestValues, ...]" = ()
-
-    def __init__(self, key: str, table: pa.Table, times: np.ndarray) -> None:
-        """Create values from rows with distinct keys.
-
-        Args:
-            key: Name of the key column.
-            table: Key and attributes.
-            times: (rows,) int64 request times in microseconds.
-        """
-        self.key, self.table, self.times = key, table, times
 
     def __len__(self) -> int:
         return len(self.table)
@@ -55,8 +50,8 @@ class LatestValues:
         """Return the latest attributes in rows of a log.
 
         Args:
-            rows: Rows of the log. If they have no key of this role (a plain table), only the column types are kept.
-            role: Role of the key.
+            rows: Rows of the log. Rows without a key column (a plain table) only give the types of the attributes.
+            role: Whether to read the attributes of users or of candidates.
         """
         schema = rows.schema
         key = schema.columns.user if role == "user" else schema.columns.candidate
@@ -67,7 +62,7 @@ class LatestValues:
         return LatestValues(key, table, times)._latest()
 
     def merged(self, values: "LatestValues") -> "LatestValues":
-        """Return the latest attributes of both objects."""
+        """Return the latest attributes from these and other `values`."""
         table = pa.concat_tables([self.table, values.table], promote_options="permissive").combine_chunks()
         return LatestValues(self.key, table, np.append(self.times, values.times))._latest()
 
@@ -95,11 +90,11 @@ class LatestValues:
         return values
 
     def extended(self, rows: LogRows, role: LatestRole) -> "LatestValues":
-        """Return a copy with further rows as levels, which shares most data with the original.
+        """Return a copy with additional rows in `levels`. The copy shares most data with the original.
 
         Args:
             rows: Rows of a log, which may be older than the current values.
-            role: Role of the key.
+            role: Whether to read the attributes of users or of candidates.
         """
         new = LatestValues.from_rows(rows, role)
         for level in (self, *self.levels):
@@ -112,18 +107,18 @@ class LatestValues:
         _ = self.columns
         result = copy(self)
         result.levels = add_level(self.levels, new, LatestValues.merged)
-        # Build the indices now, so that no request pays for them.
+        # Build the indices now, so that no request has to wait for them.
         _ = [level._index for level in result.levels]
         return result
 
     @cached_property
     def columns(self) -> dict[str, CachedColumn]:
-        """Columns by name, without levels."""
+        """Columns of `table` by name."""
         return {name: CachedColumn(one_array(self.table.column(name))) for name in self.table.column_names}
 
     @cached_property
     def hashes(self) -> np.ndarray:
-        """Hashes of the keys, shape (rows,), uint64."""
+        """(rows,) uint64 hashes of the keys in `table`."""
         return hash_column(one_array(self.table.column(self.key)))
 
     @cached_property
@@ -132,13 +127,9 @@ class LatestValues:
         return self.hashes[order], order.astype(np.int32)
 
     def find(self, hashes: np.ndarray) -> np.ndarray:
-        """Return the row numbers of keys in `table`, -1 for missing keys. Later values, in `levels`, are ignored.
+        """Return the (N,) int64 row numbers in `table` of N hashed keys, -1 for keys that `table` lacks.
 
-        Args:
-            hashes: Hashes of the keys, shape (N,), uint64.
-
-        Returns:
-            Row numbers, shape (N,), int64.
+        Values that arrived later, in `levels`, are not searched.
         """
         keys, order = self._index
         queries, positions = find_keys(keys, hashes)
@@ -147,10 +138,9 @@ class LatestValues:
         return rows
 
     def fill_missing_columns(self, given: Mapping[str, pa.Array]) -> dict[str, pa.Array | CachedValues]:
-        """Return the columns of N rows and the missing columns from these values, null for keys without values.
+        """Return the columns `given` in a request, which include the key, and add the missing attributes of each key.
 
-        Args:
-            given: Columns of the request, which include the key.
+        An attribute of a key without values is null.
         """
         keys = given[self.key]
         hashes = hash_column(keys)
@@ -167,11 +157,11 @@ class LatestValues:
         return {**given, **missing, self.key: CachedValues(self.columns[self.key], rows, keys, in_level)}
 
     def save(self, folder: Path, role: LatestRole) -> None:
-        """Write the values and, in a second file, their times.
+        """Write the attributes and, in a second file, their times. Levels are not written.
 
         Args:
             folder: Existing folder.
-            role: Role of the key.
+            role: Whether the values are of users or of candidates, for the names of the files.
         """
         pq.write_table(self.table, folder / f"latest.{role}.parquet", compression="zstd")
         times = pa.table({"time": pa.array(self.times)})
@@ -183,7 +173,7 @@ class LatestValues:
 
         Args:
             folder: Folder of the files.
-            role: Role of the key.
+            role: Whether to read the values of users or of candidates.
             key: Name of the key column.
         """
         table, times = pq.read_table(folder / f"latest.{role}.parquet"), pq.read_table(_times_file(folder, role))

@@ -51,9 +51,9 @@ class _FeatureInput(_AsJson):
 
 @dataclass(frozen=True)
 class IdInput(_FeatureInput):
-    """Ids that are looked up in `table`, one per row or a list per row (`is_list`).
+    """One id per row or a list of ids per row (`is_list`), looked up in `table`.
 
-    The vectors of a list are averaged. An empty list gives zeros.
+    The embeddings of a list are averaged. An empty list gives zeros.
     """
 
     name: str
@@ -86,11 +86,11 @@ class TaskOutput(_AsJson):
 
     Attributes:
         name: Name of the task.
-        kind: Kind of the task, as in `mmoe_rec.settings.log_columns.Task`.
-        mean: Mean of the training labels of a regression. A model is trained on standardized labels, so that the unit
-            doesn't affect the weight of the task, and predicts in the unit of the label.
-        std: Standard deviation of the training labels of a regression.
-        conditional_on: Task that must be positive first, as in `mmoe_rec.settings.log_columns.Task`.
+        kind: Binary or regression.
+        mean: Mean of a regression's training labels. Training standardizes labels, so that the unit of the label
+            doesn't affect the weight of the task.
+        std: Standard deviation of a regression's training labels.
+        conditional_on: Name of the task that must be positive before this task can happen.
     """
 
     name: str
@@ -104,7 +104,7 @@ class TaskOutput(_AsJson):
 
     @property
     def loss_label(self) -> str:
-        """Name of the label of the loss. With `conditional_on`, it is the joint outcome over all rows."""
+        """Name of the label in the loss. With `conditional_on`, the label is the joint outcome of both tasks."""
         return self.name if self.conditional_on is None else joint_task_name(self.conditional_on, self.name)
 
 
@@ -122,7 +122,7 @@ class AttentionHistory(_AsJson):
 
 
 def position_input(name: str, position: int) -> str:
-    """Return the name that sharded tables use for the ids at one position of an input's lists.
+    """Return the name under which sharded tables look up the ids at one position of an input's lists.
 
     Args:
         name: Name of the input.
@@ -146,7 +146,7 @@ class Layout(_AsJson):
 
     @property
     def joint_outcomes(self) -> dict[str, tuple[int, int]]:
-        """Indices of the `conditional_on` task and of the task that depends on it, by the name of their outcome."""
+        """Indices of the `conditional_on` task and of the dependent task, by the name of their joint outcome."""
         indices = {task.name: index for index, task in enumerate(self.tasks)}
         conditions = {task: task.conditional_on for task in self.tasks if task.conditional_on is not None}
         return {task.loss_label: (indices[name], indices[task.name]) for task, name in conditions.items()}
@@ -156,7 +156,7 @@ class Layout(_AsJson):
         return [key.name for key in self.ids if key.placement == placement]
 
     def single_ids(self) -> list[str]:
-        """Return the inputs with one id per row, without placement and frequent values (trees read the numbers)."""
+        """Return the inputs with one id per row, except placement and frequent values of numbers."""
         single = (key for key in self.ids if not key.is_list and not key.placement)
         return [key.name for key in single if key.name != f"{key.feature}_value"]
 
@@ -170,9 +170,9 @@ class Layout(_AsJson):
         return ()
 
     def history_inputs(self, attention: AttentionHistory) -> list[tuple[str, str | None]]:
-        """Return the inputs of the events of `attention`, with the candidate's input of the same table, if any.
+        """Return pairs of an input of the history and the candidate's input with the same table, or None.
 
-        The first input is the history itself.
+        The first pair has the items of the history. The next pairs have their attributes.
         """
         single = self.single_ids()
         event_inputs = [key for key in self.ids if key.feature == attention.history]
@@ -232,10 +232,8 @@ class Layout(_AsJson):
 
 
 def label_types(layout: Layout) -> dict[str, pa.DataType]:
-    """Return the types of encoded labels by the names of tasks and joint outcomes of `layout`.
-
-    Labels of regressions are float64, because float32 rounds times in seconds (near 1.7e9) to multiples of 128.
-    """
+    """Return the types of encoded labels by the names of tasks and joint outcomes of `layout`."""
+    # Labels of regressions are float64, because float32 rounds times in seconds (near 1.7e9) to multiples of 128.
     types = {task.name: pa.float64() if task.kind.is_linear else pa.float32() for task in layout.tasks}
     return types | dict.fromkeys(layout.joint_outcomes, pa.float32())
 
@@ -303,7 +301,7 @@ class EncodedInputs:
 
     @staticmethod
     def from_arrow(table: pa.Table, layout: Layout) -> "EncodedInputs":
-        """Read columns that `arrow_columns` wrote. Ids stay int32, because rows are copied before they are batched.
+        """Read columns that `arrow_columns` wrote. Ids stay int32, which takes half the memory of int64.
 
         Args:
             table: Table with the columns.

@@ -1,4 +1,4 @@
-"""Statistics of numbers that don't depend on the order of rows, computed from a mergeable histogram."""
+"""Mean, standard deviation and quantiles of numbers, from histograms that can be merged in any order."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import pyarrow as pa
 from mmoe_rec.features.layout import DenseInput
 
 MAX_DISTINCT_VALUES = 2**16
-# Dropping 48 bits leaves 16 bits, so at most 2^16 values.
+# Dropping 48 bits of a float64 leaves 16 bits, so at most 2^16 values.
 _MAX_DROPPED_BITS = 48
 CLIP = 10.0
 EDGE_COUNT = 17
@@ -20,40 +20,26 @@ _ROUNDING = 8 * np.finfo(np.float64).eps
 _DROPPED_BITS_KEY = b"dropped_bits"
 # Number of trailing bits of a float64 that a float32 lacks.
 _FLOAT32_DROPPED_BITS = 29
-MIN_FREQUENT_ROWS, MAX_ROWS_PER_FREQUENT = 8, 1000
-"""A frequent value has at least `MIN_FREQUENT_ROWS` rows, and in a continuous number also one row in
-`MAX_ROWS_PER_FREQUENT`."""
+# A frequent value has at least 8 rows, and 1 row in 1000 if the number has too many values to count exactly.
+_MIN_FREQUENT_ROWS, _MAX_ROWS_PER_FREQUENT = 8, 1000
 
 
-def float_keys(values: np.ndarray, dropped_bits: int) -> np.ndarray:
-    """Return (N,) int32 keys, equal for numbers that are equal in float32 up to the last bits.
-
-    A number that was rounded or read from text keeps its key.
-
-    Args:
-        values: (N,) float64 numbers.
-        dropped_bits: Number of last bits of a float32 to ignore.
-    """
+def _float_keys(values: np.ndarray, dropped_bits: int) -> np.ndarray:
+    """Return (N,) int32 keys, equal for float64 numbers whose float32 bits are equal without the last bits."""
     with np.errstate(over="ignore"):
         return (values.astype(np.float32) + np.float32(0)).view(np.int32) >> dropped_bits
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """Counts of V distinct values.
-
-    Attributes:
-        keys: (V,) ascending int64 keys, which are the bits of float64 values without the last `dropped_bits`.
-        counts: (V,) int64 number of rows.
-        dropped_bits: Number of last bits that the keys lack.
-    """
+    """Counts of values by ascending keys. A key is the bits of a float64 without the last `dropped_bits` bits."""
 
     keys: np.ndarray
     counts: np.ndarray
     dropped_bits: int
 
     def coarser(self, dropped_bits: int) -> "_Counts":
-        """Return the counts with at least `dropped_bits` bits dropped. The result doesn't depend on earlier drops."""
+        """Return the counts with at least `dropped_bits` bits dropped."""
         if dropped_bits <= self.dropped_bits:
             return self
         return _sum_counts(self.keys >> (dropped_bits - self.dropped_bits), self.counts, dropped_bits)
@@ -74,11 +60,10 @@ class _Counts:
 
 
 class NumberHistogram:
-    """Mergeable counts of numbers, exact for up to 65,536 distinct numbers.
+    """Counts of numbers, exact for up to 65,536 distinct numbers.
 
-    For more numbers, the histogram drops as few of the last bits as needed, and counts numbers with equal remaining
-    bits together. The number of dropped bits doesn't depend on the order of rows, and counts are integers. So any order
-    and partition of rows gives the same mean, standard deviation and quantiles.
+    With more numbers, the histogram ignores as few of their last bits as needed and counts equal numbers together. So
+    any order and partition of rows gives the same mean, standard deviation and quantiles.
 
     Attributes:
         missing: Number of missing values.
@@ -113,9 +98,9 @@ class NumberHistogram:
 
     @property
     def bins(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Smallest number, largest number and row count of each key, ascending, (V,) float64, float64 and int64."""
+        """Smallest number, largest number and row count of each of V bins, in ascending order, as three (V,) arrays."""
         total = self._counts
-        # `inner` is nearest to zero, and `outer` has ones as its dropped bits.
+        # `inner` is the number of a bin nearest to zero, with zeros as dropped bits. `outer` has ones instead.
         inner = total.keys << total.dropped_bits
         outer = (inner | ((1 << total.dropped_bits) - 1)).view(np.float64)
         inner = inner.view(np.float64)
@@ -126,7 +111,7 @@ class NumberHistogram:
         return smallest[order], largest[order], total.counts[order]
 
     def to_table(self) -> pa.Table:
-        """Return a table with key (null for missing values) and count, and the number of dropped bits as metadata."""
+        """Return a table with key (null for missing values) and count, and the dropped bits as metadata."""
         total = self._counts
         keys = pa.array(np.append(total.keys, 0), mask=np.append(np.zeros(len(total.keys), bool), True))
         table = pa.table({"key": keys, "count": np.append(total.counts, self.missing)})
@@ -163,7 +148,7 @@ class NumberHistogram:
         return Standardizer(mean, std, self.missing > 0, tuple(np.unique(scaled.astype(np.float32) + 0).tolist()))
 
     def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "NumberHistogram":
-        """Return the histogram of the results of `function`. Values counted together count as their middle."""
+        """Return the histogram of the results of `function` on the middle of each bin."""
         smallest, largest, counts = self.bins
         bits = (function(smallest / 2 + largest / 2) + np.float64(0)).view(np.int64)
         histogram = NumberHistogram()
@@ -172,30 +157,25 @@ class NumberHistogram:
         return histogram
 
     def frequent_values(self) -> "FrequentValues":
-        """Return the values with at least `MIN_FREQUENT_ROWS` rows.
-
-        If bits were dropped, a value also needs one row in `MAX_ROWS_PER_FREQUENT`. No value of a continuous number has
-        so many rows.
-        """
+        """Return the values that are frequent enough for an embedding of their own."""
         smallest, largest, counts = self.bins
         dropped_bits = max(0, self._counts.dropped_bits - _FLOAT32_DROPPED_BITS)
         keys, inverse = np.unique(
-            float_keys(np.where(np.signbit(smallest), largest, smallest), dropped_bits), return_inverse=True
+            _float_keys(np.where(np.signbit(smallest), largest, smallest), dropped_bits), return_inverse=True
         )
         rows = np.bincount(inverse, counts, len(keys))
         frequent = np.flatnonzero(
-            rows >= max(MIN_FREQUENT_ROWS, rows.sum() / MAX_ROWS_PER_FREQUENT if self._counts.dropped_bits else 0)
+            rows >= max(_MIN_FREQUENT_ROWS, rows.sum() / _MAX_ROWS_PER_FREQUENT if self._counts.dropped_bits else 0)
         )
         ids = np.empty(len(frequent), np.int64)
         ids[np.argsort(-rows[frequent], kind="stable")] = np.arange(1, len(frequent) + 1)
         return FrequentValues(keys[frequent], ids, dropped_bits)
 
     def bucket_edges(self, buckets: int) -> np.ndarray:
-        """Return ascending inner edges of `buckets` non-empty buckets with about equal numbers of rows.
+        """Return the ascending inner edges of `buckets` buckets with about equal numbers of rows.
 
-        If there are at most `buckets` distinct values, each value has its own bucket. Otherwise a frequent value takes
-        no edges from rare values. An edge lies halfway between two values, so that a value rounded to float32 falls
-        into the same bucket.
+        With at most `buckets` distinct values, each value has its own bucket. An edge lies halfway between two values,
+        so that a value rounded to float32 falls into the same bucket.
         """
         smallest, largest, counts = self.bins
         ends = _equal_parts(counts, min(buckets, len(counts)))[:-1]
@@ -206,7 +186,7 @@ class NumberHistogram:
 def _spread_quantiles(values: np.ndarray, counts: np.ndarray, count: int) -> np.ndarray:
     """Return the smallest value, `count` - 2 quantiles weighted by the square root of counts, and the largest value.
 
-    The root keeps edges for rare values if most rows have one value, such as counters at zero.
+    The root leaves quantiles for rare values if most rows have the same value, such as 0 in a counter.
     """
     mass = np.cumsum(np.sqrt(counts))
     positions = np.searchsorted(mass, np.linspace(0.0, 1.0, count) * mass[-1])
@@ -214,9 +194,9 @@ def _spread_quantiles(values: np.ndarray, counts: np.ndarray, count: int) -> np.
 
 
 def _equal_parts(counts: np.ndarray, parts: int) -> np.ndarray:
-    """Split (V,) counts into parts with about equal sums, and return the (parts,) int64 ends (exclusive).
+    """Split counts into consecutive parts with about equal sums, and return the end (exclusive) of each part.
 
-    Each part gets an equal fraction of the counts that earlier parts left.
+    A part aims at an equal fraction of the counts that earlier parts left.
     """
     total = np.append(0, np.cumsum(counts))
     ends = np.zeros(parts + 1, np.int64)
@@ -230,7 +210,7 @@ def _equal_parts(counts: np.ndarray, parts: int) -> np.ndarray:
 
 
 def _distinct_indices(values: np.ndarray) -> np.ndarray:
-    """Return the (V,) int64 index of the first occurrence of each distinct value of a sorted array."""
+    """Return the index of the first occurrence of each distinct value in a sorted array."""
     return np.flatnonzero(np.append(len(values) > 0, values[1:] != values[:-1]))
 
 
@@ -249,9 +229,9 @@ class FrequentValues:
     """Frequent values of a number and their ids.
 
     Attributes:
-        keys: (V,) ascending int32 `float_keys` of the values.
+        keys: (V,) ascending int32 bits of the V values as float32, without the last `dropped_bits` bits.
         ids: (V,) int64 ids. The most frequent value has id 1.
-        dropped_bits: Number of last bits that the keys lack.
+        dropped_bits: Number of dropped bits.
     """
 
     keys: np.ndarray
@@ -262,14 +242,14 @@ class FrequentValues:
         """Return (N,) int64 ids of float64 `values`, 0 for values that are not frequent."""
         if not len(self.keys):
             return np.zeros(len(values), np.int64)
-        keys = float_keys(values, self.dropped_bits)
+        keys = _float_keys(values, self.dropped_bits)
         index = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
         return np.where(np.isfinite(values) & (self.keys[index] == keys), self.ids[index], 0)
 
 
 @dataclass(frozen=True)
 class Standardizer:
-    """Scaling by (x - mean) / std, clipped to +-10.
+    """Standardization (x - mean) / std, clipped to +-10.
 
     Attributes:
         mean: Mean of the training values.
@@ -284,14 +264,14 @@ class Standardizer:
     edges: tuple[float, ...] = ()
 
     def apply(self, values: np.ndarray) -> np.ndarray:
-        """Return standardized `values` as (N,) float32. Missing values become 0, the mean."""
+        """Return standardized `values` as float32. Missing values become 0, the mean."""
         return _standardize(values, self.mean, self.std, np.isfinite(values))
 
 
 def _standardize(
     values: np.ndarray, mean: float | np.ndarray, std: float | np.ndarray, finite: np.ndarray
 ) -> np.ndarray:
-    """Return (values - mean) / std as float32, clipped to +-10, 0 where not `finite`. The arrays broadcast."""
+    """Return (values - mean) / std as float32, clipped to +-10, and 0 for missing values."""
     # Subtract in float64, because differences can be small relative to the values.
     scaled = np.subtract(values, mean, dtype=np.float64)
     with np.errstate(over="ignore"):
@@ -303,7 +283,7 @@ def _standardize(
 
 
 class DenseNumber:
-    """A standardized number, with an indicator input if training rows had missing values."""
+    """A standardized number of a feature, with an indicator input if training rows had missing values."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -321,14 +301,9 @@ class DenseNumber:
 
 
 def standardize(numbers: Sequence[tuple[np.ndarray, DenseNumber]]) -> dict[str, np.ndarray]:
-    """Standardize columns of N rows.
+    """Standardize pairs of (N,) values and their statistics, and return (N,) float32 dense inputs by name.
 
-    Args:
-        numbers: Pairs of values, shape (N,), and the `DenseNumber` with their statistics.
-
-    Returns:
-        Dense inputs by name, shape (N,), float32. Columns with missing training values also have an indicator,
-        `NAME_missing`.
+    A number with missing values in training also has the indicator `NAME_missing`.
     """
     values = np.array([column for column, _ in numbers], np.float64)
     scales = [number.standardizer for _, number in numbers]

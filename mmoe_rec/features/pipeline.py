@@ -1,8 +1,4 @@
-"""The feature pipeline, which is fitted once to a log and encodes rows in training, batch jobs and the model server.
-
-Its state is plain data: `pipeline.json`, a Parquet file for each fitted table of an encoder, and a folder of Parquet
-files for the events of each counter and history.
-"""
+"""The feature pipeline, which is fitted once to a log and encodes rows in training, batch jobs and the model server."""
 
 import json
 from collections.abc import Mapping
@@ -36,16 +32,15 @@ FORMAT = 10
 
 @dataclass(frozen=True)
 class LiveUpdates:
-    """Events that a server ingested after the event stores of a pipeline were built, as levels beside the stores.
+    """Events that a server ingested after the event stores of a pipeline were built.
 
-    An object never changes. While requests are answered, `extended` builds the next object, and
-    `FeaturePipeline.with_live` then switches to it at once. Results from stores and levels are bitwise equal to the
-    results of stores that were extended by these events, at all times from the stores' `compacted_at` on.
+    `extended` builds a new object while the current one answers requests, and `FeaturePipeline.with_live` switches to
+    the new one. Results are bitwise equal to results of event stores that were extended by these events.
 
     Attributes:
         encoders: `point_in_time_encoders` of a pipeline.
         rows: Number of ingested rows of all logs.
-        levels: Levels of each counter and history by name, largest first.
+        levels: Additional event stores of each counter and history by name, largest first.
     """
 
     encoders: Mapping[str, PointInTimeEncoder[Any]]
@@ -53,10 +48,7 @@ class LiveUpdates:
     levels: Mapping[str, tuple[EventStore, ...]] = field(default_factory=dict)
 
     def extended(self, rows: Mapping[str | None, LogRows]) -> "LiveUpdates":
-        """Return a copy with additional rows of the interaction log (None) and of event logs.
-
-        Args:
-            rows: Rows by log, with only the event columns that counters and histories read.
+        """Return a copy with additional rows by log, where None is the interaction log.
 
         Raises:
             UserError: Ids have another type than the vocabulary, or sums of labels are out of range.
@@ -73,7 +65,7 @@ class LiveUpdates:
         return replace(self, rows=self.rows + sum(map(len, rows.values())), levels=levels)
 
     def live_encoder(self, name: str) -> PointInTimeEncoder[Any]:
-        """Return a counter or history whose store has these events as levels."""
+        """Return the encoder of the counter or history `name` with these events added to its event store."""
         encoder = copy(self.encoders[name])
         encoder.store = encoder.store.with_levels(self.levels.get(name, ()))
         return encoder
@@ -82,9 +74,9 @@ class LiveUpdates:
 class FeaturePipeline:
     """Encoders of all features, in the order of the settings.
 
-    To fit a pipeline, call `partial_fit` with training rows, then `finish_fit`. Next build the event stores of counters
-    and histories, call `partial_fit_results` of their encoders with the results of training rows, and call
-    `finish_fit_results`. `mmoe_rec.preprocessing.prepare` does so for logs of any size.
+    `mmoe_rec.preprocessing.prepare` fits a pipeline in four steps. It calls `partial_fit` with training rows and
+    `finish_fit`, builds the event stores of counters and histories, calls their `partial_fit_results` with the results
+    of training rows, and calls `finish_fit_results`.
 
     Attributes:
         key_types: Type of each key column in the log, "int64" or "string". A request must have the same types.
@@ -136,7 +128,7 @@ class FeaturePipeline:
 
     @property
     def key_groups(self) -> dict[str, list[PointInTimeEncoder[Any]]]:
-        """Counters and histories with the same key, by the name of the first feature with that key."""
+        """Counters and histories in groups with the same key, by the name of each group's first feature."""
         groups: dict[tuple[str, ...], list[PointInTimeEncoder[Any]]] = {}
         for encoder in self.point_in_time_encoders.values():
             groups.setdefault(encoder.key_columns, []).append(encoder)
@@ -144,13 +136,13 @@ class FeaturePipeline:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Mergeable partial fits of the first pass, named `feature.NAME` and `label.TASK`."""
+        """Statistics that `partial_fit` collects and workers merge, named `feature.NAME` and `label.TASK`."""
         features = {f"feature.{name}": encoder.counts for name, encoder in self.encoders.items()}
         labels = {f"label.{name}": histogram for name, histogram in self._label_histograms.items()}
         return {name: counts for name, counts in (features | labels).items() if counts is not None}
 
     def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
-        """Add training rows to the partial fits.
+        """Add training rows to `counts`.
 
         Args:
             rows: Training rows.
@@ -170,14 +162,14 @@ class FeaturePipeline:
                 self.key_types[name] = str(kind)
 
     def column_types(self) -> dict[str, pa.DataType]:
-        """Return the column types of the fitted log, for columns whose use leaves a choice."""
+        """Return the types that columns had in the log, where the use of a column allows several types."""
         types = {name: pa.type_for_alias(kind) for name, kind in self.key_types.items()}
         for encoder in self.encoders.values():
             types |= encoder.column_types()
         return types
 
     def merge(self, counts: Mapping[str, Any], key_types: Mapping[str, str]) -> None:
-        """Add the partial fits of another pipeline with the same schema.
+        """Add the `counts` of another pipeline with the same schema.
 
         Args:
             counts: `counts` of the other pipeline.
@@ -188,7 +180,7 @@ class FeaturePipeline:
         self.key_types |= key_types
 
     def finish_fit(self) -> None:
-        """Compute vocabularies and statistics from the partial fits."""
+        """Compute vocabularies, means and standard deviations from `counts`."""
         for name, histogram in self._label_histograms.items():
             standardizer = histogram.standardizer()
             self.label_scales[name] = (standardizer.mean, standardizer.std)
@@ -196,18 +188,15 @@ class FeaturePipeline:
             encoder.finish_fit()
 
     def grow(self) -> dict[str, int]:
-        """Add ids that have become frequent to the vocabularies.
+        """Add ids that have become frequent to the vocabularies and return the number of new ids by feature.
 
         Table rows of existing ids, statistics and label scales don't change, because a trained model relies on them.
-
-        Returns:
-            Number of new ids by feature.
         """
         self.__dict__.pop("layout", None)
         return {name: vocabulary.grow() for name, vocabulary in self.vocabularies.items()}
 
     def finish_fit_results(self) -> None:
-        """Compute the statistics of the results of counters and histories."""
+        """Compute the means and standard deviations of the results of counters and histories."""
         for encoder in self.point_in_time_encoders.values():
             for number in encoder.numbers.values():
                 number.finish_fit()
@@ -238,11 +227,7 @@ class FeaturePipeline:
         return all_inputs.standardized()
 
     def request_inputs(self, rows: RequestRows) -> tuple[Inputs, Inputs]:
-        """Return the inputs of requests and candidates, encoding the features of user and context once per request.
-
-        Returns:
-            Inputs of R requests (features of user and context) and of N candidates (all remaining features).
-        """
+        """Return the inputs of R requests (features of user and context) and of N candidates (all other features)."""
         of_requests, of_candidates = Inputs(), Inputs()
         for name, encoder in self.encoders.items():
             in_request = name in self._request_features
@@ -262,11 +247,9 @@ class FeaturePipeline:
         return Inputs(ids, {number.name: np.zeros(len(rows), np.float32) for number in input_spec.dense})
 
     def explain(self, rows: RequestRows) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Return the results of counters and histories for N candidates.
+        """Return (N,) float64 results of counters and (N,) lists of histories for N candidates, by result name.
 
-        Returns:
-            (N,) float64 values of counters and (N,) objects of histories by result name, as in
-            `PointInTimeEncoder.explain`.
+        The results are not standardized, see `PointInTimeEncoder.explain`.
         """
         numbers: dict[str, np.ndarray] = {}
         lists: dict[str, np.ndarray] = {}
@@ -278,10 +261,7 @@ class FeaturePipeline:
         return numbers, lists
 
     def with_live(self, live: LiveUpdates) -> "FeaturePipeline":
-        """Return a pipeline that reads the event stores together with `live`.
-
-        The current pipeline doesn't change, so batches that use it aren't affected.
-        """
+        """Return a copy whose counters and histories also see the events in `live`."""
         pipeline = copy(self)
         pipeline.__dict__.pop("point_in_time_encoders", None)
         pipeline.live = live
@@ -304,13 +284,8 @@ class FeaturePipeline:
             values[name] = {"values": state.values, "tables": sorted(state.tables)}
             for key, table in state.tables.items():
                 pq.write_table(table, folder / f"{name}.{key}.parquet", compression="zstd")
-        schema = self.schema.model_dump(mode="json")
-        fitted = {
-            "key_types": self.key_types,
-            "booleans": sorted(self.booleans),
-            "label_scales": self.label_scales,
-        }
-        text = {"format": FORMAT, "schema": schema, **fitted, "encoders": values}
+        text = {"format": FORMAT, "schema": self.schema.model_dump(mode="json"), "key_types": self.key_types}
+        text |= {"booleans": sorted(self.booleans), "label_scales": self.label_scales, "encoders": values}
         (folder / "pipeline.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
 
     @staticmethod

@@ -22,12 +22,12 @@ from mmoe_rec.point_in_time.arrays import fill_nulls
 from mmoe_rec.settings.log_columns import Role
 from mmoe_rec.settings.schema import MAX_TABLE_ROWS, Feature, InputSemantics, Schema
 
-# Up to this many ids are looked up one by one, because a vectorized call takes as long as 70 single lookups.
+# Look up this many ids or fewer one by one, because a vectorized call takes as long as 70 single lookups.
 _MAX_SINGLE_LOOKUPS = 32
 
 
 class IdCounts:
-    """Mergeable counts of ids."""
+    """Counts of ids, which workers collect from parts of a log and merge."""
 
     def __init__(self, *parts: pa.Table) -> None:
         self._parts, self._ordered = list(parts), False
@@ -97,7 +97,7 @@ class VocabularyFeature(Feature):
             check_table_owner(schema, name, "table", self.table)
 
     def semantics(self, schema: Schema) -> InputSemantics:
-        """Describe table rows as the missing id, buckets of unseen ids, and ids of the vocabulary."""
+        """Describe row 0 as the missing id, the next rows as buckets of unseen ids, and later rows as ids."""
         return meaning_of_ids(schema, tuple(self.reads()), self.table_owner or self)
 
 
@@ -136,12 +136,12 @@ def check_table_owner(
 
 
 def meaning_of_ids(schema: Schema, columns: tuple[str, ...], owner: str | VocabularyFeature) -> InputSemantics:
-    """Return the semantics of inputs that are rows of a vocabulary's table.
+    """Return the meaning of id inputs, whose values are rows of a vocabulary's table.
 
     Args:
         schema: Schema of the settings.
         columns: Columns that the inputs are computed from.
-        owner: Feature that owns the table, or the name of the feature.
+        owner: Feature that owns the table, or its name.
     """
     feature = schema.features[owner] if isinstance(owner, str) else owner
     assert isinstance(feature, VocabularyFeature)
@@ -152,17 +152,13 @@ class Vocabulary:
     """Ids of an id feature and their table rows. Other features can share the vocabulary.
 
     Attributes:
+        name: Name of the feature that owns the vocabulary.
+        feature: Settings of the feature.
         ids: int64 or string array in the order of table rows.
         counts: Counts of ids in training rows, from which the vocabulary grows.
     """
 
     def __init__(self, name: str, feature: VocabularyFeature) -> None:
-        """Create a vocabulary without ids.
-
-        Args:
-            name: Name of the feature that owns the vocabulary.
-            feature: Settings of the feature.
-        """
         self.name, self.feature, self.counts = name, feature, IdCounts()
         self.set_ids(pa.array([], pa.int64()))
 
@@ -209,12 +205,11 @@ class Vocabulary:
 
     @cached_property
     def _index(self) -> Any:
-        """Index of the ids with a complete hash table."""
         import pandas as pd
 
         index = pd.Index(_as_numpy(self.ids))
-        # pandas builds the hash table at the first lookup. Do it now, because a second thread could read an unfinished
-        # table.
+        # pandas builds the hash table at the first lookup. Look up an id now, because two threads that share the first
+        # lookup could read an unfinished table.
         index.get_indexer(index[:1])
         return index
 

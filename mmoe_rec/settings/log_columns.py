@@ -6,14 +6,7 @@ rows don't depend on model choices. So a changed choice needs a new training run
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from mmoe_rec.task_kinds import DEFAULT_KIND, TaskKindField
 

@@ -149,7 +149,7 @@ class EventFeature(Feature):
 class Schema(Section):
     """Meaning of a log, with all settings that features depend on, checked for consistency.
 
-    `mmoe_rec.features.kinds.schema_of` builds it from a settings file. It excludes settings that only training reads,
+    `mmoe_rec.features.kinds.parse_schema` builds a schema. It excludes settings that only training reads,
     such as loss weights (see `log_columns`), so a change of these settings needs no new features.
     """
 

@@ -1,4 +1,4 @@
-"""The feature kind `counter`: trailing counts and smoothed rates of a task's label per key, point in time."""
+"""The feature kind `counter`: counts and rates of the earlier labels of a key, such as a user and a brand."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +20,7 @@ from mmoe_rec.settings.schema import Days, EventFeature, InputSemantics, Schema,
 _NO_CUTOFF = np.iinfo(np.int64).max
 _ROUNDING = 1e-12
 LABEL_SCALE = 2.0**20
-"""Units per label of 1. Labels are integer numbers of units, so their int64 sums don't depend on the order of rows."""
+"""Labels are stored as int64 multiples of 1 / `LABEL_SCALE`, so their sums don't depend on the order of rows."""
 _MAX_UNITS = 2.0**62
 MAX_LABEL_SUM = _MAX_UNITS / LABEL_SCALE
 """Largest absolute label or sum of labels. The difference of two sums then fits into 64 bits."""
@@ -68,16 +68,12 @@ class CounterFeature(EventFeature):
 
 
 def round_labels(labels: np.ndarray) -> np.ndarray:
-    """Round (N,) `labels` to float64 multiples of a unit. NaN stays NaN."""
+    """Round (N,) `labels` to float64 multiples of 1 / `LABEL_SCALE`. NaN stays NaN."""
     return np.rint(labels * LABEL_SCALE) / LABEL_SCALE
 
 
-def to_fixed_point(labels: np.ndarray) -> np.ndarray:
-    """Round (N,) `labels` to int64 units.
-
-    Raises:
-        OverflowError: A label is out of range.
-    """
+def _to_fixed_point(labels: np.ndarray) -> np.ndarray:
+    """Round `labels` to int64 multiples of 1 / `LABEL_SCALE`."""
     units = np.rint(labels * LABEL_SCALE)
     _check_range(units)
     return units.astype(np.int64)
@@ -92,12 +88,10 @@ def _check_range(units: np.ndarray) -> None:
 class CounterStore(EventStore):
     """Running totals per key, with one event for each time at which the totals of a key change.
 
-    `label_sum` and `last_positive` are None for an event log, where each event counts 1.
-
     Attributes:
         rows: (E,) int32 number of rows of the key so far.
-        label_sum: (E,) int64 sum of labels of the key so far, in units.
-        last_positive: (E,) int64 time of the last positive row of the key, or `NEVER`. None if no output needs it.
+        label_sum: (E,) int64 sum of the key's labels so far, times `LABEL_SCALE`. None if each event counts 1.
+        last_positive: (E,) int64 time of the key's last positive row, or `NEVER`. None if not needed.
     """
 
     rows: np.ndarray
@@ -110,7 +104,7 @@ class CounterStore(EventStore):
 
         Args:
             labels: Whether events have labels.
-            recency: Whether an output needs the last positive event.
+            recency: Whether the counter has the output `recency`.
         """
         times = np.empty(0, np.int64)
         events, rows = SortedEvents(np.empty(0, np.uint64), times), times.astype(np.int32)
@@ -134,7 +128,7 @@ class CounterStore(EventStore):
             return self
         labels, positive = None, None
         if label is not None:
-            labels = to_fixed_point(label)
+            labels = _to_fixed_point(label)
             if self.last_positive is not None:
                 positive = np.where(labels > 0, available_at, NEVER)
         return self._with_steps(key, available_at, np.ones(len(key), np.int32), labels, positive, is_sorted)
@@ -160,7 +154,7 @@ class CounterStore(EventStore):
         positive: np.ndarray | None,
         is_sorted: bool,
     ) -> "CounterStore":
-        """Return a store with E additional events, given the rows and labels that an event adds to the totals."""
+        """Return a store with additional events, which add `rows` and `labels` to the totals of their keys."""
         if len(self):
             key, available_at = np.append(self.events.key, key), np.append(self.events.available_at, available_at)
             rows = np.append(self._steps(self.rows), rows)
@@ -192,34 +186,34 @@ class CounterStore(EventStore):
         return replace(self, events=events, rows=totals, label_sum=sums, last_positive=positive)
 
     def _steps(self, totals: np.ndarray) -> np.ndarray:
-        """Return the (E,) differences of the running totals within a key."""
+        """Return the amount that each event added to the running totals of its key."""
         steps = np.append(totals[:1], totals[1:] - totals[:-1])
         first = self.events.starts[:-1]
         steps[first] = totals[first]
         return steps
 
     def sums(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (N,) int64 row counts and label sums in units at the event indices `index`, 0 for index -1."""
+        """Return (N,) int64 row counts and label sums times `LABEL_SCALE` at N event indices, 0 for index -1."""
         rows = take_or_default(self.rows, index, 0).astype(np.int64)
         return rows, rows * int(LABEL_SCALE) if self.label_sum is None else take_or_default(self.label_sum, index, 0)
 
     def last_positive_at(self, index: np.ndarray) -> np.ndarray:
-        """Return (N,) int64 times of the last positive event at the event indices `index`, `NEVER` without any."""
+        """Return (N,) int64 times of the last positive event at N event indices, `NEVER` without a positive event."""
         last_positive = self.events.available_at if self.label_sum is None else self.last_positive
         assert last_positive is not None
         return take_or_default(last_positive, index, NEVER)
 
     def compacted(self, moment: int, window: int, all_time: bool) -> "CounterStore":
-        """Return the part of the store that later requests can look up.
+        """Return a store without the events that requests from `moment` on can't see.
 
         Args:
             moment: Earliest time of later requests in microseconds.
-            window: Longest window of the requests in microseconds.
-            all_time: Whether requests also need totals of all of the past, or the last positive event.
+            window: Longest window of the counter in microseconds.
+            all_time: Whether the counter also needs totals of all of the past, or the last positive event.
         """
         later, compacted_at = self.events.available_at > moment - window, self._compaction_time(moment)
         if not all_time:
-            # Totals start at the window, so that they don't depend on the keys that earlier calls dropped. The events
+            # Let totals start at the window, so that they don't depend on events that earlier calls dropped. The events
             # of a key are ordered by time, so the last events are kept.
             starts = self.events.starts
             kept = np.diff(np.append(0, np.cumsum(later))[starts])
@@ -235,13 +229,8 @@ class CounterStore(EventStore):
         # Also keep the last earlier event of each key, which has the totals up to that time.
         needed = later | np.append(later[1:], False)
         needed[self.events.starts[1:] - 1] = True
-        labels, positive = (
-            _map(lambda totals: totals[needed], totals) for totals in (self.label_sum, self.last_positive)
-        )
-        events, rows = self.events.take(needed), self.rows[needed]
-        return replace(
-            self, events=events, rows=rows, label_sum=labels, last_positive=positive, compacted_at=compacted_at
-        )
+        columns = {name: column[needed] for name, column in self.to_columns().items()}
+        return self.with_columns(columns, compacted_at)
 
     def to_columns(self) -> dict[str, np.ndarray]:
         columns = {"key": self.events.key, "available_at": self.events.available_at, "rows": self.rows}
@@ -255,42 +244,25 @@ class CounterStore(EventStore):
             columns: Columns that `to_columns` returned.
             compacted_at: Time of the last compaction in microseconds, None without compaction.
         """
-        events, labels = SortedEvents(columns["key"], columns["available_at"]), columns.get("label_sum")
-        positive = columns.get("last_positive")
-        return replace(
-            self,
-            events=events,
-            rows=columns["rows"],
-            label_sum=labels,
-            last_positive=positive,
-            compacted_at=compacted_at,
-        )
+        totals: dict[str, Any] = {name: columns.get(name) for name in ("rows", "label_sum", "last_positive")}
+        events = SortedEvents(columns["key"], columns["available_at"])
+        return replace(self, events=events, **totals, compacted_at=compacted_at)
 
 
 class LookupTotals:
-    """Totals that N lookups see in the store of a counter and its levels.
+    """Totals of a counter at N lookups.
 
     Attributes:
-        time: (N,) int64 times of the totals in microseconds.
+        time: (N,) int64 times of the totals in microseconds, which are not before the store's compaction.
     """
 
     def __init__(self, store: CounterStore, lookups: Lookups) -> None:
-        """Join lookups with a store.
-
-        Args:
-            store: Store of the counter.
-            lookups: N lookups.
-        """
         lookups = lookups.clamp_times(store.compacted_at)
         self.time = lookups.time
         self._joins = [(level, level.join(lookups)) for level in (store, *store.levels)]
 
     def totals(self, window: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Return (N,) int64 row counts and (N,) float64 label sums.
-
-        Args:
-            window: Length of the trailing window in microseconds, None for all of the past.
-        """
+        """Return (N,) int64 row counts and (N,) float64 label sums in the last `window` microseconds (None: ever)."""
         rows, labels = self._totals(0)
         if window is not None:
             rows_before, labels_before = self._totals(window)
@@ -298,12 +270,12 @@ class LookupTotals:
         return rows, labels / LABEL_SCALE
 
     def _totals(self, lag_us: int) -> tuple[Any, Any]:
-        """Return (N,) int64 row counts and label sums in units, `lag_us` microseconds before the lookups."""
+        """Return row counts and label sums times `LABEL_SCALE`, `lag_us` microseconds before the lookups."""
         rows, labels = zip(*(store.sums(join.last(lag_us)) for store, join in self._joins), strict=True)
         return sum(rows), sum(labels)
 
     def last_positive(self) -> np.ndarray:
-        """Return (N,) int64 times of the last positive event in microseconds, `NEVER` without any."""
+        """Return (N,) int64 times of the last positive event in microseconds, `NEVER` without a positive event."""
         return np.max([store.last_positive_at(join.last()) for store, join in self._joins], axis=0)
 
 
@@ -313,18 +285,15 @@ def _map(function: Any, *values: Any) -> Any:
 
 
 class CounterEncoder(PointInTimeEncoder[CounterStore]):
-    """Statistics over earlier rows with the same key whose label was available at the request."""
+    """Encoder of statistics over earlier rows with the same key whose label was available at the request.
+
+    Attributes:
+        prior: Mean label of the training rows, which `smoothing` adds to rates.
+    """
 
     feature: CounterFeature
 
     def __init__(self, name: str, feature: CounterFeature, context: EncoderContext) -> None:
-        """Create a counter without events.
-
-        Args:
-            name: Name of the feature.
-            feature: Settings of the feature.
-            context: Objects that the encoders of the pipeline share.
-        """
         super().__init__(name, feature, context, feature.by)
         self.label = feature.task
         self.prior = 0.0
@@ -346,7 +315,7 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
         return self.source is None and not self.task.kind.is_binary
 
     def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
-        """Add the labels of training rows to the overall mean.
+        """Add the labels of training rows to `counts`, for the mean label.
 
         Args:
             rows: Training rows.
@@ -359,11 +328,10 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
         self.prior = self.counts.standardizer().mean
 
     def empty(self) -> CounterStore:
-        recency = "recency" in self.feature.outputs
-        return CounterStore.empty(self.source is None, recency)
+        return CounterStore.empty(self.source is None, "recency" in self.feature.outputs)
 
     def events(self, rows: LogRows) -> pa.Table:
-        """Return the rows as events. A build sends rows of the interaction log as lookups instead."""
+        """Return the rows as a table of events. A build sends rows of the interaction log as lookups instead."""
         key = rows.hashes(self.key_columns)
         if self.source is None:
             return self.events_from_labels(key, rows.times(), self.labels(rows))
@@ -408,7 +376,7 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
             ) from None
 
     def compacted(self, store: CounterStore, moment: int) -> CounterStore:
-        """Return the totals since the longest window before a time, and all earlier totals if an output needs them.
+        """Return a store without the events that requests from `moment` on can't see.
 
         Args:
             store: Store to reduce. It is not modified.
@@ -439,7 +407,7 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
         return results
 
     def to_exchange_dtype(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Return results as float32, with rates of a regression as distances from the mean to keep their precision.
+        """Return results as float32. Rates of a regression become differences from the mean, to keep their precision.
 
         Args:
             name: Name of the result.
@@ -452,20 +420,20 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
 
     @property
     def offset(self) -> float:
-        """Number that is subtracted from rates (the mean for a regression, 0 for a binary task)."""
+        """Number to subtract from rates before they become float32, the mean of a regression or else 0."""
         return self.prior if self.has_fractional_labels else 0.0
 
     def input_spec(self) -> InputSpec:
         return InputSpec(dense=tuple(dense for number in self.numbers.values() for dense in number.inputs()))
 
     def encode(self, rows: LogRows) -> Inputs:
-        """Return the statistics as numbers. A column of the request with the name of a statistic replaces it."""
+        """Return the statistics as numbers. A request can replace a statistic by a column of the same name."""
         given = {name: self._distances(name, rows.numbers(name)) for name in self.numbers if rows.has_column(name)}
         results = given if len(given) == len(self.numbers) else {**self.look_up(rows), **given}
         return Inputs(numbers=[(np.asarray(results[name]), number) for name, number in self.numbers.items()])
 
     def explain(self, rows: LogRows) -> Mapping[str, np.ndarray]:
-        """Return the (N,) float64 statistics by name. A column of the request replaces the statistic of that name."""
+        """Return (N,) float64 statistics by name. A request can replace a statistic by a column of the same name."""
         lookups = rows.lookups(self.key_columns)
         results = self.distinct_results(self.store, lookups)
         return {
@@ -484,7 +452,7 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
 
 
 def _statistic(output: str, rows: np.ndarray, labels: np.ndarray, smoothing: float, prior: float) -> np.ndarray:
-    """Compute an output from row counts and label sums."""
+    """Compute the output log_sum, log_count or rate from row counts and label sums."""
     match output:
         case "log_sum":
             return np.log1p(np.maximum(labels, 0.0))
@@ -495,13 +463,13 @@ def _statistic(output: str, rows: np.ndarray, labels: np.ndarray, smoothing: flo
 
 
 def _distances(rates: np.ndarray, offset: Any) -> np.ndarray:
-    """Subtract an offset from rates. Differences within the rounding error become exactly 0."""
+    """Return rates minus `offset`. Differences within the rounding error become exactly 0."""
     distances = rates - offset
     return np.where(np.abs(distances) <= _ROUNDING * np.abs(offset), 0.0, distances)
 
 
 def _recency(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """Return log(1 + days since the last positive event), NaN without any."""
+    """Return log(1 + days since the last positive event), NaN without a positive event."""
     days = (times - moments.astype(np.float64)) / MICROSECONDS_PER_DAY
     return np.where(moments == NEVER, np.nan, np.log1p(np.maximum(days, 0.0)))
 

@@ -24,7 +24,7 @@ class CrossFeature(Feature, EmbeddingChoices):
         return dict.fromkeys(self.columns, "key")
 
     def semantics(self, schema: Schema) -> InputSemantics:
-        """Describe each table row as a bucket. A combination with missing values has a bucket too."""
+        """Describe each table row as a bucket. Rows of the log with missing values fall into buckets too."""
         return InputSemantics(self.columns, lambda table, row: f"bucket {row}", missing=False)
 
 

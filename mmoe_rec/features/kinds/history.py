@@ -1,4 +1,4 @@
-"""The feature kind `history`: the user's last engaged candidates before the request, point in time."""
+"""The feature kind `history`: the last candidates that the user engaged with before the request."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,7 +23,6 @@ from mmoe_rec.settings.log_columns import ColumnUse
 from mmoe_rec.settings.schema import EventFeature, InputSemantics, Schema, Unique
 
 _NO_CUTOFF = np.iinfo(np.int64).max
-# Maximum length of a history with attention.
 MAX_ATTENTION_LENGTH = 512
 
 
@@ -62,7 +61,7 @@ class HistoryFeature(EventFeature):
         return {schema.columns.user: "key", **reduce(or_, map(dict, ids))}
 
     def parts(self, name: str) -> dict[str, str]:
-        """Return the id feature of each input of the history called `name`, starting with `of`."""
+        """Return the id feature of each input of the history `name`: the feature `of`, then the `attributes`."""
         return {name: self.of, **{f"{name}_{attribute}": attribute for attribute in self.attributes}}
 
     @property
@@ -90,11 +89,11 @@ class HistoryFeature(EventFeature):
 
 @dataclass(eq=False)
 class HistoryStore(EventStore):
-    """Engaged candidates per user.
+    """Candidates that users engaged with, one event per candidate.
 
     Attributes:
-        items: (E,) int64 rows of the candidates' table.
-        attributes: (E,) int64 rows of the table of each attribute.
+        items: (E,) int64 rows of the candidates in their embedding table.
+        attributes: (E,) int64 rows in the embedding table of each attribute.
     """
 
     items: np.ndarray
@@ -102,7 +101,7 @@ class HistoryStore(EventStore):
 
     @staticmethod
     def empty(attributes: int = 0) -> "HistoryStore":
-        """Return a store without events, with this number of `attributes`."""
+        """Return a store without events for the number `attributes` of attributes."""
         empty = np.empty(0, np.int64)
         events = SortedEvents(np.empty(0, np.uint64), empty)
         return HistoryStore(events, empty, (empty,) * attributes)
@@ -113,7 +112,7 @@ class HistoryStore(EventStore):
         Args:
             key: (E,) uint64 keys.
             available_at: (E,) int64 microseconds at which the events become available.
-            rows: (E,) int64 table rows of the items, then of each attribute.
+            rows: (E,) int64 table rows of the items, then an array of table rows for each attribute.
         """
         if not len(key):
             return self
@@ -128,16 +127,13 @@ class HistoryStore(EventStore):
         return self.extended(store.events.key, store.events.available_at, store.items, *store.attributes)
 
     def last_events(self, lookups: Lookups, length: int) -> list[Ragged]:
-        """Return the last items that were available at N lookups, oldest first, and their attributes.
+        """Return lists of the last items that were available at N lookups, then lists of each attribute.
 
-        Items with equal times are ordered by table row.
+        The oldest item comes first. Items with equal times are ordered by table row.
 
         Args:
             lookups: N lookups.
             length: Maximum number of items per lookup.
-
-        Returns:
-            Lists of items, then lists of each attribute.
         """
         lookups, parts, part_lengths = lookups.clamp_times(self.compacted_at), [], []
         stores: list[HistoryStore] = [self, *self.levels]
@@ -159,7 +155,7 @@ class HistoryStore(EventStore):
         return [Ragged(column, lengths.astype(np.int32)) for column in rows]
 
     def compacted(self, moment: int, length: int) -> Self:
-        """Return the part of the store that later requests can look up.
+        """Return a store without the events that requests from `moment` on can't see.
 
         Args:
             moment: Earliest time of later requests in microseconds.
@@ -171,11 +167,8 @@ class HistoryStore(EventStore):
         available_count = np.add.reduceat(np.append(events.available_at <= moment, 0), events.starts[:-1])
         within_key = np.arange(len(events)) - events.starts[events.group_ids]
         needed = within_key >= (available_count - length)[events.group_ids]
-        attributes = tuple(attribute[needed] for attribute in self.attributes)
-        compacted_at = self._compaction_time(moment)
-        return replace(
-            self, events=events.take(needed), items=self.items[needed], attributes=attributes, compacted_at=compacted_at
-        )
+        columns = {name: column[needed] for name, column in self.to_columns().items()}
+        return self.with_columns(columns, self._compaction_time(moment))
 
     def to_columns(self) -> dict[str, np.ndarray]:
         columns = {"key": self.events.key, "available_at": self.events.available_at, "item": self.items}
@@ -197,19 +190,12 @@ class HistoryEncoder(PointInTimeEncoder[HistoryStore]):
     """Encoder of the last `length` candidates that the user engaged with, oldest first, and their attributes.
 
     Attributes:
-        parts: Vocabularies by result name, starting with the vocabulary of the candidates.
+        parts: Vocabularies of the candidates and then of each attribute, by the name of the result.
     """
 
     feature: HistoryFeature
 
     def __init__(self, name: str, feature: HistoryFeature, context: EncoderContext) -> None:
-        """Create an encoder that is not fitted.
-
-        Args:
-            name: Name of the feature.
-            feature: Settings of the feature.
-            context: Objects that the encoders of the pipeline share.
-        """
         self.parts = {part: context.vocabularies[owner] for part, owner in feature.parts(name).items()}
         super().__init__(name, feature, context, (context.schema.columns.user,))
 
@@ -217,7 +203,7 @@ class HistoryEncoder(PointInTimeEncoder[HistoryStore]):
         return HistoryStore.empty(len(self.parts) - 1)
 
     def events(self, rows: LogRows) -> pa.Table:
-        """Return the engaged rows with the candidate's ids as events, which become available with their label."""
+        """Return a table of the rows in which the user engaged. An event becomes available with the row's label."""
         engaged = np.flatnonzero(rows.labels(self.task, _NO_CUTOFF) >= self.feature.min_label)
         available_at = availability_times(rows.times()[engaged], self.label_delay_us)
         columns = {
@@ -241,7 +227,7 @@ class HistoryEncoder(PointInTimeEncoder[HistoryStore]):
         return store.extended(events["key"].to_numpy(), events["available_at"].to_numpy(), *rows)
 
     def compacted(self, store: HistoryStore, moment: int) -> HistoryStore:
-        """Return the part of a store that later requests can look up.
+        """Return a store without the events that requests from `moment` on can't see.
 
         Args:
             store: Store to reduce. It is not modified.
@@ -250,7 +236,7 @@ class HistoryEncoder(PointInTimeEncoder[HistoryStore]):
         return store.compacted(moment, self.feature.length)
 
     def result_columns(self) -> Mapping[str, tuple[ColumnUse, pa.DataType | None]]:
-        """Return the names and types of the lists of ids, oldest first, and of the lists of attributes."""
+        """Return the use and the type of the list of candidates and of the list of each attribute."""
         id_types = {name: vocabulary.id_type for name, vocabulary in self.parts.items()}
         return {name: ("keys", None if dtype is None else pa.list_(dtype)) for name, dtype in id_types.items()}
 
@@ -267,7 +253,7 @@ class HistoryEncoder(PointInTimeEncoder[HistoryStore]):
         return InputSpec(ids=tuple((name, vocabulary.name, True) for name, vocabulary in self.parts.items()))
 
     def encode(self, rows: LogRows) -> Inputs:
-        """Return the last candidates. Columns of the request with the names of the results replace them."""
+        """Return lists of the last candidates and of their attributes. A request can replace them by columns."""
         if (given := self._given(rows)) is not None:
             lists = {name: truncate_lists(ids, self.feature.length, last=True) for name, ids in given.items()}
             inputs = {
@@ -280,7 +266,7 @@ class HistoryEncoder(PointInTimeEncoder[HistoryStore]):
         return Inputs(dict(inputs))
 
     def _given(self, rows: LogRows) -> dict[str, pa.Array] | None:
-        """Return the lists of ids in the rows, None without any. Raise UserError if the lists don't fit together."""
+        """Return the lists that the request sends, None without any, or raise UserError if they don't fit together."""
         names = list(self.result_columns())
         if not any(map(rows.has_column, names)):
             return None
@@ -296,10 +282,7 @@ class HistoryEncoder(PointInTimeEncoder[HistoryStore]):
         return lists
 
     def explain(self, rows: LogRows) -> Mapping[str, np.ndarray]:
-        """Return (N,) lists of the last candidates' ids, oldest first, None for an empty list.
-
-        Columns of the request with the names of the results replace them.
-        """
+        """Return (N,) lists of ids by result name, None for an empty list. A request can replace the lists."""
         results = {}
         given, lookups = self._given(rows), rows.lookups(self.key_columns)
         stored = {} if given is not None else self.distinct_results(self.store, lookups)
@@ -317,7 +300,7 @@ class HistoryEncoder(PointInTimeEncoder[HistoryStore]):
 
 
 def _event_column(index: int) -> str:
-    """Return the event column with the ids of a part."""
+    """Return the name of the event column for the candidates (index 0) or for an attribute."""
     return f"id{index or ''}"
 
 

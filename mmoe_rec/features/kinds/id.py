@@ -30,27 +30,23 @@ class IdEncoder(Encoder):
     is_list = False
 
     def __init__(self, name: str, feature: VocabularyFeature, context: EncoderContext) -> None:
-        """Create an encoder that is not fitted.
-
-        Args:
-            name: Name of the feature.
-            feature: Settings of the feature.
-            context: Objects that the encoders of the pipeline share.
-        """
         super().__init__(name, feature, context)
         self.vocabulary = context.vocabularies[feature.table_owner or name]
         self._owns_table = self.vocabulary.name == name
         self.counts = self.vocabulary.counts if self._owns_table else None
 
     def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
-        """Count the ids of training rows if the feature owns its vocabulary.
+        """Count the ids in training rows if the feature owns its vocabulary.
 
         Args:
             rows: Training rows.
             label_cutoff: Not used.
         """
         if self._owns_table:
-            self.vocabulary.counts.add(rows.raw_column(self.feature.column))
+            self.vocabulary.counts.add(self._ids(rows))
+
+    def _ids(self, rows: LogRows) -> pa.Array:
+        return rows.raw_column(self.feature.column)
 
     def finish_fit(self) -> None:
         if self._owns_table:

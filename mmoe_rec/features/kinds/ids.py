@@ -33,16 +33,8 @@ class IdsEncoder(IdEncoder):
     feature: IdsFeature
     is_list = True
 
-    def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
-        """Count the ids of training rows if the feature owns its vocabulary.
-
-        Args:
-            rows: Training rows.
-            label_cutoff: Not used.
-        """
-        if self._owns_table:
-            values, _ = truncate_lists(rows.column(self.feature.column), self.feature.max_length)
-            self.vocabulary.counts.add(values)
+    def _ids(self, rows: LogRows) -> pa.Array:
+        return truncate_lists(rows.column(self.feature.column), self.feature.max_length)[0]
 
     def encode(self, rows: LogRows) -> Inputs:
         values, lengths = truncate_lists(rows.column(self.feature.column), self.feature.max_length)
@@ -57,15 +49,15 @@ class IdsEncoder(IdEncoder):
 
 
 def truncate_lists(lists: pa.Array, max_length: int, *, last: bool = False) -> tuple[pa.Array, np.ndarray]:
-    """Drop null elements of N lists and shorten the lists.
+    """Drop null elements of N lists, then shorten the lists.
 
     Args:
         lists: List column of N rows.
-        max_length: Maximum number of ids per row.
-        last: Whether to keep the last ids instead of the first.
+        max_length: Maximum number of elements per list.
+        last: Whether to keep the last elements instead of the first.
 
     Returns:
-        Elements of all lists, and (N,) int32 lengths.
+        Remaining elements of all lists, and the (N,) int32 lengths of the lists.
     """
     if pt.is_null(lists.type):
         return pa.array([], pa.null()), np.zeros(len(lists), np.int32)

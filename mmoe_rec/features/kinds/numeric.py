@@ -47,10 +47,7 @@ class NumericFeature(Feature, EmbeddingChoices):
         return super().has_own_table and (self.transform == "buckets" or self.values is not None)
 
     def semantics(self, schema: Schema) -> InputSemantics:
-        """Describe table rows as buckets or as frequent values.
-
-        Row 0 is a missing number before buckets, and all remaining numbers before frequent values.
-        """
+        """Describe table rows as buckets after a missing number, or as frequent values after all other numbers."""
         if self.values is None:
             return InputSemantics((self.column,), lambda table, row: f"bucket {row}")
         return InputSemantics(
@@ -63,19 +60,12 @@ class NumericEncoder(NumberEncoder):
 
     Attributes:
         edges: Inner edges of the buckets.
-        frequent: Values with embeddings of their own, None without `values: auto`.
+        frequent: Frequent values, each with an embedding of its own. None without `values: auto`.
     """
 
     feature: NumericFeature
 
     def __init__(self, name: str, feature: NumericFeature, context: EncoderContext) -> None:
-        """Create an encoder that is not fitted.
-
-        Args:
-            name: Name of the feature.
-            feature: Settings of the feature.
-            context: Objects that the encoders of the pipeline share.
-        """
         super().__init__(name, feature, context)
         self.edges = np.empty(0)
         self.frequent = None if feature.values is None else self.number.histogram.frequent_values()
@@ -86,18 +76,9 @@ class NumericEncoder(NumberEncoder):
     def _transform(self, values: np.ndarray) -> np.ndarray:
         return np.sign(values) * np.log1p(np.abs(values)) if self.feature.transform == "log" else values
 
-    def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
-        """Add the numbers of training rows to the histogram.
-
-        Args:
-            rows: Training rows.
-            label_cutoff: Not used.
-        """
-        if self.feature.values is None:
-            super().partial_fit(rows, label_cutoff)
-        else:
-            # Count the values of the log, because logarithms are not bitwise equal on all processors.
-            self.number.histogram.add(rows.numbers(self.feature.column))
+    def numbers_to_fit(self, rows: LogRows) -> np.ndarray:
+        # Find frequent values before the transform, because logarithms are not bitwise equal on all processors.
+        return self.values(rows) if self.feature.values is None else rows.numbers(self.feature.column)
 
     def finish_fit(self) -> None:
         super().finish_fit()
@@ -108,10 +89,7 @@ class NumericEncoder(NumberEncoder):
             self.edges = self.number.histogram.bucket_edges(self.feature.buckets)
 
     def input_spec(self) -> InputSpec:
-        """Return one id input of buckets (row 0 is missing), or the dense inputs.
-
-        `values: auto` adds an id input of frequent values. Its row 0 stands for all remaining values.
-        """
+        """Return an id input of buckets, or dense inputs with an id input of frequent values if `values` is auto."""
         if self.feature.transform != "buckets":
             dense = self.number.inputs()
             if self.frequent is None:
@@ -135,9 +113,8 @@ class NumericEncoder(NumberEncoder):
     def state(self) -> State:
         values = {**super().state().values, "bucket_edges": self.edges.tolist()}
         if self.frequent is not None:
-            values |= {
-                "frequent": [self.frequent.keys.tolist(), self.frequent.ids.tolist(), self.frequent.dropped_bits]
-            }
+            frequent = self.frequent
+            values["frequent"] = [frequent.keys.tolist(), frequent.ids.tolist(), frequent.dropped_bits]
         return State(values)
 
     def restore(self, state: State) -> None:
@@ -149,7 +126,7 @@ class NumericEncoder(NumberEncoder):
         super().restore(State(values))
 
     def max_tables(self) -> tuple[TableSpec, ...]:
-        """Return the tables with the maximum number of buckets or frequent values."""
+        """Return the table with the maximum number of buckets or frequent values, if the feature has a table."""
         max_ids = self.feature.buckets if self.feature.values is None else MAX_DISTINCT_VALUES
         return tuple(replace(table, rows=max_ids + 1) for table in self.input_spec().tables)
 

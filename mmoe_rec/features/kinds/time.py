@@ -48,7 +48,7 @@ class TimeFeature(Feature):
         return self
 
     def reads(self) -> Mapping[str, ColumnUse]:
-        """Return the column as times. The request time is always read."""
+        """Return the use of `column`. The request time isn't listed, because every feature can read it."""
         return {} if self.column is None else {self.column: "time"}
 
     @property
@@ -68,18 +68,18 @@ class TimeFeature(Feature):
             self.require_column(name, schema, "time", "its part `age` ends at the request")
 
     def semantics(self, schema: Schema) -> InputSemantics:
-        """Describe row 0 as a missing time and the next rows as hours or weekdays."""
+        """Describe table row 0 as a missing time and the next rows as hours or weekdays."""
         return InputSemantics((self.column or schema.columns.time,), _hour_or_weekday)
 
 
 class TimeEncoder(NumberEncoder):
-    """Encoder of the hour and weekday of a time and of its age at the request."""
+    """Encoder of a time as hour, weekday and age at the request."""
 
     feature: TimeFeature
     suffix = "_age"
 
     def values(self, rows: LogRows) -> np.ndarray:
-        """Return log(1 + age in days), or nothing if `parts` doesn't list the age."""
+        """Return log(1 + age in days) with the sign of the age, or no numbers if `parts` doesn't list the age."""
         if "age" not in self.feature.parts:
             return np.empty(0)
         times = rows.times(self.feature.column)
@@ -88,7 +88,7 @@ class TimeEncoder(NumberEncoder):
         return np.sign(days) * np.log1p(np.abs(days))
 
     def input_spec(self) -> InputSpec:
-        """Return id inputs for hour and weekday (row 0 is missing) and a dense input for the age."""
+        """Return id inputs for hour and weekday and a dense input for the age, as listed in `parts`."""
         sizes = {"hour": 25, "weekday": 8}
         parts = [part for part in self.feature.parts if part in sizes]
         tables = tuple(TableSpec(f"{self.name}_{part}", sizes[part], feature=self.name) for part in parts)
@@ -96,7 +96,6 @@ class TimeEncoder(NumberEncoder):
         return InputSpec(tables, ids, self.number.inputs() if "age" in self.feature.parts else ())
 
     def encode(self, rows: LogRows) -> Inputs:
-        """Return hour and weekday in the time zone, and the age."""
         times, inverse = np.unique(rows.times(self.feature.column), return_inverse=True)
         table_rows = zip(("hour", "weekday"), self._table_rows(times), strict=True)
         ids = {f"{self.name}_{part}": row[inverse] for part, row in table_rows if part in self.feature.parts}
@@ -104,8 +103,8 @@ class TimeEncoder(NumberEncoder):
         return Inputs(ids, numbers=ages)
 
     def _table_rows(self, times: np.ndarray) -> np.ndarray:
-        """Return the table rows of hour and weekday of T times, shape (2, T), int64."""
-        # Arrow's local times are wrong from 2038 on.
+        """Return the (2, T) int64 table rows of the hour and the weekday of T times."""
+        # Use Python's time zones, because Arrow's local times are wrong from 2038 on.
         zone = ZoneInfo(self.feature.timezone)
         # Python's calendar covers the years 1 to 9999.
         clipped = np.clip(times, _FIRST_DAY, _LAST_DAY)

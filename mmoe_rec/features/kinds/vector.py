@@ -57,7 +57,7 @@ class VectorEncoder(NumberEncoder):
         return InputSpec(dense=tuple(DenseInput(f"{self.name}_{index}") for index in range(self.feature.size)))
 
     def encode(self, rows: LogRows) -> Inputs:
-        """Return the standardized elements, zeros for a missing vector."""
+        """Return one dense input for each element of the standardized vector, 0 if the vector is missing."""
         scaled = self.number.standardizer.apply(self.values(rows))
         return Inputs(dense={f"{self.name}_{index}": scaled[:, index] for index in range(self.feature.size)})
 
