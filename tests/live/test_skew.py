@@ -186,7 +186,7 @@ def test_ctrl_c_leaves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) ->
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "read_request_log", stop)
+    monkeypatch.setattr(job, "_read_request_log", stop)
     with pytest.raises(KeyboardInterrupt):
         world.check(Path("requests"))
     assert not (Path(world.small.settings.data.work_dir) / "skew").exists()
