@@ -1,7 +1,5 @@
 """Data after training: store events, label logged requests, refresh models and check for skew.
 
 Begin in `journal`, which stores the events that servers accept. `server/models.py` updates a served model with these
-events. `request_log` records ranked requests, and `label_join` turns them into labeled training rows. `refresh` builds
-a new model version with newer tables. `skew` scores logged requests again from the log's files, and compares the
-results with the served ones.
+events. `request_log` records ranked requests, and `label_join` turns them into labeled training rows.
 """

@@ -6,9 +6,8 @@
     journal_keys      keys of earlier rows, to recognize duplicates
     journal_requests  request -> its user and time
 
-Batches have the positions 1, 2, 3 and so on, without a gap. Only one process appends at a time. Readers therefore see
-positions in rising order. Each new row is compared with all earlier rows, so the journal contains no duplicates. SQLite
-and PostgreSQL have the same tables.
+Batches have the positions 1, 2, 3 and so on, without a gap. Only one process appends at a time, so readers see
+positions in rising order.
 """
 
 import os
@@ -38,7 +37,7 @@ MAX_BATCH_BYTES = 2**28
 LOCK_TIMEOUT_SECONDS = 60
 """Seconds to wait for another process that appends."""
 KEY_RETENTION_DAYS = 30
-"""Days for which the keys of rows are kept. A refresh deletes older keys. Copies of these rows are then accepted."""
+"""Days for which a row's keys are kept. Later, a duplicate of the row is no longer recognized."""
 _ADVISORY_LOCK = 0x6D6D6F65
 _KEYS_PER_QUERY = 1_000  # SQLite allows at most 32,766 parameters in a query.
 _METADATA = sql.MetaData()
@@ -140,12 +139,10 @@ class Journal:
         self.name = self._url.render_as_string(hide_password=True)
         self._file = Path(self._url.database or "") if self._url.get_backend_name() == "sqlite" else None
         self._last = 0  # Position of the last batch that this process has appended.
-        self._engine = _create_engine(self._url)
-        self._writer = threading.Lock()
+        self._engine, self._writer = _create_engine(self._url), threading.Lock()
         if self._file is not None:
             _check_file(self._file, create)
-        # With `create`, begin a write transaction. A journal that isn't writable then fails here, and not at the first
-        # append.
+        # With `create`, begin a write transaction, so that a read-only journal fails here and not at the first append.
         with self.write_transaction() if create else self.read_transaction() as connection:
             if create:
                 _METADATA.create_all(connection)
@@ -161,8 +158,8 @@ class Journal:
     def append(self, *batches: Batch) -> int:
         """Append batches atomically, and return the position of the last batch once all are durable.
 
-        Empty batches are skipped. Duplicate rows of a batch with keys are skipped, too. A batch gets a position even if
-        all its rows are duplicates.
+        Empty batches are skipped, and so are duplicate rows of batches with keys. A batch of only duplicates still gets
+        a position.
 
         Raises:
             RequestError: A column's type differs from earlier rows, or a batch is too large.
@@ -170,7 +167,8 @@ class Journal:
                 is unknown whether the batches were appended.
         """
         with self._writer, self.write_transaction() as connection:
-            end, types = _find_ends(connection)[1], _read_types(connection)
+            end = _find_ends(connection)[1]
+            types = {(log, name): kind for log, name, kind in connection.execute(sql.select(_COLUMNS))}
             if end < self._last:
                 raise self._lost(end, self._last)
             for batch in batches:
@@ -220,9 +218,8 @@ class Journal:
                 if row.position != expected or row.checksum != _checksum(self.id, dict(row._mapping), row.payload):
                     if batches:
                         break  # Return the intact batches. The next read reports the damage.
-                    raise UserError(
-                        f"the journal '{self.name}' is damaged at batch {expected}: restore its files from a copy"
-                    )
+                    problem = f"the journal '{self.name}' is damaged at batch {expected}"
+                    raise UserError(f"{problem}: restore its files from a copy")
                 table = pa.ipc.open_stream(pa.py_buffer(row.payload)).read_all()
                 batches.append(Batch(row.log or None, row.accepted_at, table, row.position, row.duplicates))
                 rows += len(table)
@@ -231,7 +228,7 @@ class Journal:
         return batches
 
     def remove_until(self, position: int) -> None:
-        """Remove the batches up to a position. Their rows must already be in files of the logs."""
+        """Remove the batches up to a position. The logs' files must already contain the rows of these batches."""
         with self.write_transaction() as connection:
             connection.execute(sql.delete(_BATCHES).where(_BATCHES.c.position <= position))
             connection.execute(sql.update(_ABOUT).where(_ABOUT.c.removed < position).values(removed=position))
@@ -259,8 +256,8 @@ class Journal:
     @contextmanager
     def write_transaction(self) -> Iterator[Connection]:
         """Open a transaction that blocks other writers. Raise UserError if the database can't be written."""
-        translated = self._translate_errors("can't be written, so nothing was appended")
-        with translated, self._engine.connect() as connection:
+        problem = "can't be written, so nothing was appended"
+        with self._translate_errors(problem), self._engine.connect() as connection:
             connection.execution_options(begin="BEGIN IMMEDIATE")
             with connection.begin():
                 if self._file is None:
@@ -294,9 +291,9 @@ class Journal:
         if len(payload) > MAX_BATCH_BYTES:
             raise RequestError(f"the rows take {len(payload):,} bytes; a batch has at most {MAX_BATCH_BYTES:,}")
         row = {"position": position, "log": batch.log_name or "", "accepted_at": batch.accepted_at}
-        row["duplicates"] = len(batch) - len(table)
-        checksum = _checksum(self.id, row, payload)
-        connection.execute(sql.insert(_BATCHES).values(**row, checksum=checksum, payload=payload))
+        row |= {"duplicates": len(batch) - len(table)}
+        row |= {"checksum": _checksum(self.id, row, payload), "payload": payload}
+        connection.execute(sql.insert(_BATCHES).values(row))
 
 
 def _parse_url(text: str) -> URL:
@@ -315,9 +312,8 @@ def _parse_url(text: str) -> URL:
 def _check_file(file: Path, create: bool) -> None:
     try:
         if file.is_dir():
-            raise UserError(
-                f"'{file}' is a folder, but a journal is a file. Give its URL, such as sqlite:///journal.db."
-            )
+            hint = "Give its URL, such as sqlite:///journal.db."
+            raise UserError(f"'{file}' is a folder, but a journal is a file. {hint}")
         if create:
             file.parent.mkdir(parents=True, exist_ok=True)
         elif not file.is_file():
@@ -352,15 +348,14 @@ def _encode(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())
-    payload: bytes = sink.getvalue().to_pybytes()
-    return payload
+    return bytes(sink.getvalue())
 
 
 def _drop_duplicates(connection: Connection, table: pa.Table, keys: RowKeys, accepted_at: int) -> pa.Table:
     """Return the rows of a batch without duplicates, and store the keys of these rows.
 
-    A row is also dropped if an earlier row has the same request and a different user. All rows of a request get the
-    same time: the earliest of its rows in the first batch that contains the request.
+    A row is also dropped if an earlier row has the same request and a different user. Each row gets the time of its
+    request: the earliest time in the first batch that contains the request.
     """
     seen = set(_select(connection, _KEYS.c.key, {key for row_keys in keys.keys for key in row_keys}))
     stored = _select(connection, _REQUESTS.c.request, {request for request, _ in keys.requests or ()})
@@ -391,10 +386,7 @@ def _drop_duplicates(connection: Connection, table: pa.Table, keys: RowKeys, acc
 
 
 def _select(connection: Connection, key: sql.Column[int], wanted: Collection[int]) -> dict[int, Any]:
-    """Look up keys in a table. Return key -> values of its row, for the keys that the table contains.
-
-    The key must be the table's first column.
-    """
+    """Look up rows by `key`, the first column of a table. Return the values of this column -> the other columns."""
     keys, selected = sorted(wanted), dict[int, Any]()
     for first in range(0, len(keys), _KEYS_PER_QUERY):
         query = sql.select(key.table).where(key.in_(keys[first : first + _KEYS_PER_QUERY]))
@@ -408,7 +400,7 @@ def _insert_rows(connection: Connection, table: sql.Table, rows: list[dict[str, 
 
 
 def _checksum(journal_id: str, row: Mapping[str, Any], payload: bytes) -> int:
-    """Compute the checksum of a batch from its row in `journal_batches` and its payload (the Arrow stream)."""
+    """Compute the checksum of a batch from its other columns in `journal_batches` and its Arrow stream (`payload`)."""
     header = " ".join(str(row[name]) for name in ("position", "accepted_at", "duplicates", "log"))
     return zlib.crc32(payload, zlib.crc32(f"{journal_id} {header}".encode()))
 
@@ -420,15 +412,8 @@ def _find_ends(connection: Connection) -> tuple[int, int]:
     return removed, max(removed, last or 0)
 
 
-def _read_types(connection: Connection) -> ColumnTypes:
-    return {(log, name): kind for log, name, kind in connection.execute(sql.select(_COLUMNS))}
-
-
 def _find_new_types(types: ColumnTypes, batch: Batch) -> ColumnTypes:
-    """Return the types of those columns of a batch that the journal has no type for.
-
-    Raises RequestError if a column's type differs from earlier rows, because the hashes of equal values would differ.
-    """
+    """Return the types of a batch's new columns. Raise RequestError if a column's type differs from earlier rows."""
     new: ColumnTypes = {}
     for column in batch.table.schema:
         if not pt.is_null(column.type):
@@ -436,7 +421,6 @@ def _find_new_types(types: ColumnTypes, batch: Batch) -> ColumnTypes:
             if before is None:
                 new[batch.log_name or "", column.name] = kind
             elif before != kind:
-                raise RequestError(
-                    f"column '{column.name}' contains {kind}, but {before} in earlier rows of this journal"
-                )
+                problem = f"contains {kind}, but {before} in earlier rows of this journal"
+                raise RequestError(f"column '{column.name}' {problem}")
     return new

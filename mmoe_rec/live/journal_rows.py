@@ -1,12 +1,11 @@
 """Check the rows that callers send to a journal, join its rows for servers, and write its rows to files of the logs.
 
 Rows from callers must pass the same checks as a log's files in a feature build. If one row is invalid, the whole batch
-is rejected. The error names the first invalid row, counted from 0, and its column.
+is rejected.
 
 A refresh writes the rows of each log to files `journal-ID-POSITION.parquet`, with about a million rows each. POSITION
 is the position of the last batch that the file may contain. An interrupted refresh can simply be repeated, because the
-file names show which batches are already written. The files have columns of canonical types (`mmoe_rec.log.columns`).
-A feature build converts them to the types of the log's other files.
+file names show which batches are already written.
 """
 
 import time
@@ -37,15 +36,12 @@ from mmoe_rec.settings.log_columns import ColumnUse
 from mmoe_rec.settings.schema import EventFeature, Schema
 
 EVENT_ID = "event_id"
-"""Column for an ID that recognizes an event that is sent again. Not used if the log has its own column of that name."""
+"""Column for an ID by which the journal recognizes a resent event. A log's own column of that name is no such ID."""
 MAX_FILE_ROWS = 2**20
 
 
-def column_uses_by_log(schema: Schema) -> dict[str | None, dict[str, ColumnUse]]:
-    """Return log name -> the columns that this log must have -> the use of each column.
-
-    The interaction log has the name None.
-    """
+def _column_uses_by_log(schema: Schema) -> dict[str | None, dict[str, ColumnUse]]:
+    """Return log name (None: interaction log) -> column that the features read -> how the column is used."""
     uses: dict[str | None, dict[str, ColumnUse]] = {None: column_uses(schema)}
     return uses | {name: event_column_uses(schema, name) for name in schema.events}
 
@@ -59,17 +55,16 @@ def make_batch(log_name: str | None, table: pa.Table, schema: Schema, accepted_a
         schema: Schema of the model whose server accepted the rows.
         accepted_at: Time of acceptance, microseconds since 1970 UTC. None reads the clock.
     """
-    columns = column_uses_by_log(schema)[log_name]
+    columns = _column_uses_by_log(schema)[log_name]
     rows = LogRows(_add_missing_columns(table, columns), schema)
     time_us = time.time_ns() // 1_000 if accepted_at is None else accepted_at
     return Batch(log_name, time_us, table, keys=_make_keys(rows, log_name, columns))
 
 
 def _make_keys(rows: LogRows, log_name: str | None, columns: Collection[str]) -> RowKeys:
-    """Compute the keys of the rows of one log, by which the journal recognizes duplicates.
+    """Compute the keys of rows from their event IDs and, in the interaction log, from request and candidate.
 
-    A given event ID is a key. Rows of the interaction log also have a key of their request and candidate. `columns` are
-    the log's columns in the schema.
+    `columns` are the columns of this log that the features read.
     """
     schema: Schema = rows.schema
     time = schema.columns.time if log_name is None else schema.events[log_name].time
@@ -118,20 +113,19 @@ class JournalRows:
             UserError: The batches have different types for a column, or the time column is missing.
         """
         try:
-            tables = [batch.table for batch in batches]
-            table = pa.concat_tables(tables, promote_options="default").combine_chunks()
+            table = pa.concat_tables([batch.table for batch in batches], promote_options="default").combine_chunks()
         except pa.ArrowException as error:
             raise UserError(f"rows of the journal do not fit together: {first_line(error)}") from None
         log_name = batches[0].log_name
         time = schema.columns.time if log_name is None else schema.events[log_name].time
         if time not in table.column_names:
             raise UserError(f"rows of the journal have no column '{time}', so the journal belongs to another model")
-        uses = column_uses_by_log(schema)[log_name]
+        uses = _column_uses_by_log(schema)[log_name]
         extra_columns = [name for name in table.column_names if name not in uses and name != EVENT_ID]
         return JournalRows(log_name, _add_missing_columns(table, uses).select([*uses, *extra_columns]))
 
     def to_log_rows(self, schema: Schema) -> LogRows:
-        """Return the rows as `LogRows`, from which the features of this schema are computed."""
+        """Return the rows as `LogRows`, the form that feature computation reads."""
         return LogRows(self.table, schema) if self.log_name is None else event_rows(self.table, schema, self.log_name)
 
 
@@ -228,14 +222,10 @@ def _file_name(journal: Journal, position: int | None = None) -> str:
 
 
 def _find_folder(source: str, setting: str, name: str) -> Path:
-    """Return the folder of a log (its `source`), after checking that a file `name` in it belongs to the log.
-
-    `setting` is the setting with the log's location, for messages.
-    """
+    """Return the folder of the log at `source`. Raise UserError if a file `name` there would not belong to the log."""
     if is_remote(source):
-        raise UserError(
-            f"`{setting}` '{source}' is remote, so the journal's files can't be written there. Use a local folder."
-        )
+        problem = f"`{setting}` '{source}' is remote, so the journal's files can't be written there"
+        raise UserError(f"{problem}. Use a local folder.")
     folder = Path(split_glob(local_path(source))[0])
     if folder.is_dir() and source_includes(source, [folder / name]):
         return folder
@@ -254,19 +244,12 @@ _MAX_SENTENCE_CHARACTERS = 400
 
 @dataclass(frozen=True)
 class _EventColumn:
-    """Requirements of one column.
-
-    Attributes:
-        use: How the model uses the column, for instance as an ID or as a number.
-        required: Whether every row must have the column.
-        expected: Type that the values must have. None for any type that `use` allows.
-        booleans: Whether true and false are allowed. They are if the log's column has booleans.
-    """
+    """Requirements for the values of one column."""
 
     use: ColumnUse
     required: bool
-    expected: pa.DataType | None
-    booleans: bool
+    expected: pa.DataType | None  # Type of the values. None allows any type that fits the use.
+    booleans: bool  # Whether true and false are allowed.
 
 
 class RowValidator:
@@ -283,7 +266,7 @@ class RowValidator:
         schema, types = pipeline.schema, pipeline.column_types()
         self._columns: dict[str | None, dict[str, _EventColumn]] = {}
         ids = {schema.columns.user, schema.columns.candidate, schema.columns.request}
-        for log_name, uses in column_uses_by_log(schema).items():
+        for log_name, uses in _column_uses_by_log(schema).items():
             required = _required_columns(schema) if log_name is None else uses.keys()
             self._columns[log_name] = {
                 name: _EventColumn(
@@ -335,7 +318,7 @@ class RowValidator:
         columns, problems = self._columns[log_name], []
         unread = self._unread if log_name is None else set()
         if unknown := [name for name in given if name not in columns and name not in unread]:
-            # The model knows only the columns that it reads. The unknown column may be a typo or exist in the log.
+            # The model knows only the columns that it reads, so the unknown column may be a typo or exist in the log.
             hint = f"leave it out; {suggest(unknown[0], columns)}"
             problems.append(f"the model was trained without a column {quoted(unknown[0])}: {hint}")
         if missing := [name for name, column in columns.items() if column.required and name not in given]:
@@ -346,8 +329,7 @@ class RowValidator:
         """Convert a column of rows. An error names the first invalid row."""
 
         def read(part: Sequence[Any]) -> pa.Array:
-            unit = self.schema.columns.time_unit
-            return to_arrow(name, part, column.use, column.expected, unit, column.booleans)
+            return to_arrow(name, part, column.use, column.expected, self.schema.columns.time_unit, column.booleans)
 
         try:
             return read(values)
@@ -362,9 +344,7 @@ class RowValidator:
 
     def _check(self, log_name: str | None, arrays: dict[str, pa.Array], now: int | None) -> pa.Table:
         size = len(next(iter(arrays.values())))
-        table = {}
-        for name, array in arrays.items():
-            table[name] = array if array.null_count < size else pa.nulls(size)
+        table = {name: array if array.null_count < size else pa.nulls(size) for name, array in arrays.items()}
         rate = self.schema.columns.sampling_rate
         if log_name is None and rate is not None:  # Rows without a sampling rate weren't sampled, so their rate is 1.
             is_given = rate in table and not pt.is_null(table[rate].type)
@@ -393,12 +373,9 @@ class RowValidator:
         request, user = rows.request_hashes(), rows.hashes([self.schema.columns.user])
         _, first, inverse = np.unique(request, return_index=True, return_inverse=True)
         if (other_users := np.flatnonzero(user != user[first][inverse])).size:
-            row = int(other_users[0])
-            raise _row_error(
-                row,
-                f"column '{self.schema.columns.user}' holds another user than row {int(first[inverse[row]])}, of the "
-                f"same request by column '{self.schema.columns.request}'",
-            )
+            row, columns = int(other_users[0]), self.schema.columns
+            problem = f"column '{columns.user}' holds another user than row {int(first[inverse[row]])}"
+            raise _row_error(row, f"{problem}, of the same request by column '{columns.request}'")
 
     def _check_labels(self, rows: LogRows) -> None:
         for name, task in self.schema.tasks.items():

@@ -1,7 +1,7 @@
 """Join logged requests with events into labeled rows of the interaction log, in a DuckDB database of bounded memory.
 
 docs/how-to/train-on-served-requests.md explains how events are attributed to candidates. Each run of the join adds a
-folder to the output folder OUT. The folder of a run appears whole or not at all:
+complete folder to the output folder OUT, or none:
 
     OUT/run-000001/part-00000.parquet      rows, sorted by time
     OUT/run-000001/_state.json             time up to which requests are written, and the files that were read
@@ -42,8 +42,7 @@ from mmoe_rec.settings.sections import Settings
 
 ROWS_PER_FILE = 262_144
 _BEGIN = -(2**62)  # A time before all times in the data.
-# One request may be logged in several parts, at different times. Parts further apart than this may be treated as
-# separate requests.
+# A request may be logged in parts, at different times. Parts further apart than this may become separate requests.
 _MAX_REQUEST_SPAN_US = MICROSECONDS_PER_DAY
 # Resent events are recognized by their ID up to this long after the original.
 _MAX_RESEND_DELAY_US = 30 * MICROSECONDS_PER_DAY
@@ -72,9 +71,8 @@ class JoinResult:
         until: Time up to which requests are written, in microseconds.
         requests: Number of requests added.
         waiting: Number of requests after `until`, whose labels aren't final yet.
-        counts: Description -> number. The descriptions are of labels that were found, and of rows and events that were
-            dropped.
-        skipped: For each skipped file, why it was skipped.
+        counts: Description -> number, of labels that were found, and of rows and events that were dropped.
+        skipped: Reason for each skipped file.
     """
 
     folder: Path | None
@@ -128,12 +126,7 @@ def join_labels(
 def _open_out(folder: str | Path, sources: dict[str, str]) -> Iterator[Path]:
     """Lock the output folder and remove the files of killed runs.
 
-    Args:
-        folder: Output folder of the join.
-        sources: Folders that the join reads: command-line option -> URI.
-
-    Raises:
-        UserError: The output folder contains files that no join wrote, lies within a source, or is in use.
+    Raises UserError if the folder has files that no join wrote, lies within one of the `sources`, or is in use.
     """
     if is_remote(str(folder)):
         raise UserError(f"--out '{folder}' must be a local or mounted folder")
@@ -212,9 +205,8 @@ class _Source:
 class _Join:
     """State and steps of one join.
 
-    Events are attributed to candidates by these columns of the database: `who` (user), `item` (candidate), `time` and
-    `request`. The other columns are numbered: `i0`, `i1` and so on for the model's inputs, `p0` for placement columns
-    and `v0` for label values. The constructor raises UserError if settings and files are inconsistent.
+    Columns of the database: `who` (user), `item` (candidate), `time` and `request` attribute events to candidates. The
+    model's inputs have the names `i0`, `i1` and so on. Placement columns begin with `p`, and label values with `v`.
     """
 
     database: Database
@@ -234,8 +226,8 @@ class _Join:
         if self.labels.shown is None and (unexplained := [name for name in self.placement if name != self.labels.rank]):
             raise UserError(
                 f"features read column '{unexplained[0]}' of role placement, but the settings don't say where "
-                "candidates were shown. Set labels.shown to an event log with that column. If it is the rank in "
-                "the reply, set labels.rank to the column."
+                "candidates were shown. Set labels.shown to an event log with that column. If the column is the rank "
+                "in the reply, set labels.rank to the column."
             )
         self.requests = self._open_requests(requests)
         logs = dict.fromkeys(window.events for window in self.labels.windows)
@@ -252,8 +244,7 @@ class _Join:
         columns_and_uses: dict[str, tuple[str, ColumnUse]] = {
             "who": (columns.user, "key"), "item": (columns.candidate, "key"), "time": (columns.time, "time"),
             "request": (request_log.REQUEST, "key"), "served": (request_log.AT, "time"),
-            "rank": (request_log.RANK, "number"),
-            "fraction": (request_log.FRACTION, "number"),
+            "rank": (request_log.RANK, "number"), "fraction": (request_log.FRACTION, "number"),
         }  # fmt: skip
         columns_and_uses |= {f"i{index}": (name, self.uses[name]) for index, name in enumerate(self.inputs)}
         return _Source.open(self.settings, uri, "--requests", columns_and_uses)
@@ -267,9 +258,8 @@ class _Join:
             uri, setting = data_events[name].path, f"data.events.{name}.path"
         else:
             problem = "give --events FOLDER with a" if folder is None else f"--events '{folder}' has no"
-            raise UserError(
-                f"{problem} folder '{name}' of Parquet files. Or set data.events.{name}.path to the folder."
-            )
+            hint = f"Or set data.events.{name}.path to the folder."
+            raise UserError(f"{problem} folder '{name}' of Parquet files. {hint}")
         columns_and_uses: dict[str, tuple[str, ColumnUse]] = {
             "who": (self.columns.user, "key"),
             "item": (self.columns.candidate, "key"),
@@ -281,9 +271,8 @@ class _Join:
             if label.events == name and label.value is not None:
                 columns_and_uses[f"v{index}"] = label.value, "number"
         if self.labels.shown is not None and self.labels.shown.events == name:
-            columns_and_uses |= {
-                f"p{index}": (column, self.uses[column]) for index, column in enumerate(self.placement)
-            }
+            for index, column in enumerate(self.placement):
+                columns_and_uses[f"p{index}"] = column, self.uses[column]
         if any(EVENT_ID in read_column_names(file.uri) for file in find_files(uri, setting)):
             columns_and_uses["event_id"] = EVENT_ID, "key"
         source = _Source.open(self.settings, uri, setting, columns_and_uses)
@@ -298,11 +287,7 @@ class _Join:
         return source
 
     def _read_state(self) -> tuple[int, dict[str, tuple[int, int]]]:
-        """Read the state that the last run wrote.
-
-        Returns:
-            Time up to which requests are written, in microseconds, and the size and latest time of each file read.
-        """
+        """Return the time up to which earlier runs wrote requests, and the size and latest time of each file read."""
         path = self.folder / self.last_run / _STATE
         if not path.parent.exists():
             return _BEGIN, {}
@@ -332,10 +317,7 @@ class _Join:
         return JoinResult(folder if rows else None, rows, last_time, *new_requests, counts, skipped)
 
     def _load(self, table: str, source: _Source, start: int, description: str) -> None:
-        """Create a table of the source's rows later than `start`.
-
-        Rows of new files are counted as too late if requests of their time are already written.
-        """
+        """Create a table of the source's rows later than `start`. Count new rows that come too late to be written."""
 
         def read() -> Iterator[pa.Table]:
             number = 0
@@ -376,14 +358,13 @@ class _Join:
         count, last = self.database.row(f"SELECT count(*), max(time) FROM {table}")
         self.database.run("DROP TABLE loaded")
         columns = ", ".join(source.columns[key] for key in keys)
-        self.counts[f"events '{name}' that are duplicates, are in the future or lack a value of {columns}"] = (
-            rows - count
-        )
+        unusable = f"events '{name}' that are duplicates, are in the future or lack a value of {columns}"
+        self.counts[unusable] = rows - count
         complete_until = (_BEGIN if last is None else last) if until_option is None else until_option
         return complete_until - max(window.length_us for window in self.labels.windows if window.events == name)
 
     def _find_candidates(self, until: int) -> None:
-        """Create the table of candidates that users have seen, as far as the settings can say that (`labels`)."""
+        """Create the table of candidates, without those that users haven't seen by `labels.shown` or `labels.top`."""
         self._load("requests", self.requests, self.written_until - _MAX_REQUEST_SPAN_US, "rows of requests")
         (fraction,) = self.database.row("SELECT min(fraction) FROM requests")
         if self.logs_without_request and fraction is not None and fraction < 1:
@@ -409,10 +390,9 @@ class _Join:
         )
 
     def _attribution_query(self, name: str) -> str:
-        """Return a query for events with two more columns.
+        """Return a query for events with two more columns: `owner` and `delay`.
 
-        `owner` is the number of the candidate that the event is attributed to. `delay` is the time from the request of
-        this candidate to the event, in microseconds.
+        An event is attributed to the candidate with the number `owner`, `delay` microseconds after its request.
         """
         join, owners = "JOIN", "candidates"
         # A user can have two requests at the same time. Pick one by a rule that doesn't depend on the order of files.
@@ -430,8 +410,7 @@ class _Join:
     def _find_labels(self, until: int) -> None:
         """Create the table of candidates with labels.
 
-        Label number 0 has the columns `l0` (the label) and `n0` (the number of events in its attribution window), and
-        so on.
+        The first label has the columns `l0` (the label) and `n0` (the number of events in its attribution window).
         """
         labels, selected = list(enumerate(self.labels.sources.items())), list[str]()
         query = "candidates"
@@ -456,9 +435,8 @@ class _Join:
             for task_name, task in self.settings.tasks.items():
                 if not_binary is not None and task.label == column and task.kind.is_binary:
                     raise UserError(
-                        f"labels.sources.{column} gives {not_binary:g}, but the label of the binary task "
-                        f"'{task_name}' is 0 or 1: "
-                        "name another column of values, leave `value` out, or make the task a regression"
+                        f"labels.sources.{column} gives {not_binary:g}, but the label of the binary task '{task_name}' "
+                        "is 0 or 1: name another column of values, leave `value` out, or make the task a regression"
                     )
 
     def _write(self, until: int, folder: Path) -> None:
@@ -496,16 +474,13 @@ class _Join:
 
 
 def _label_aggregates(index: int, label: LabelSource) -> str:
-    """Return SQL for a candidate's label and the number of its events in the attribution window.
-
-    For "first" and "last", events with equal times are ordered by value, smallest first.
-    """
+    """Return SQL for a candidate's label and the number of its events in the attribution window."""
     in_window, value = f"delay <= {label.length_us}", "1.0::DOUBLE"
     condition = in_window
     if label.value is not None:
         value = f"v{index}"
         condition += f" AND NOT isnan({value})"
-    aggregate = {
+    aggregate = {  # Events with equal times are ordered by value, so that the order of files doesn't matter.
         "first": f"arg_min({value}, row(time, {value}))",
         "last": f"arg_max({value}, row(time, {value}))",
         "sum": f"sum({value} ORDER BY time, {value})",

@@ -33,7 +33,6 @@ from mmoe_rec.settings.sections import Settings, diff_settings
 from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.client import UnreachableError
 from mmoe_rec.tracking.registry import ModelVersion, describe_version, fetch_model, find_champion, move_alias
-from mmoe_rec.tracking.runs import code_block, command_line
 
 _FROM_TAG = "refreshed.from"  # Tag of versions that a refresh made. Its value is the URI of the version before.
 
@@ -43,7 +42,7 @@ class CurrentModel:
     """The version that has an alias, with its downloaded artifact.
 
     Attributes:
-        alias: The alias.
+        alias: The alias, such as champion.
         version: The registered version.
         folder: Folder with the artifact.
         artifact: Content of the artifact's main file.
@@ -109,15 +108,16 @@ def refresh(
         settings: Settings of the model.
         model_uri: URI of the form `models:/NAME@ALIAS`.
         rebuild: Whether to rebuild the tables from all rows of the log.
-        journal: URL of a journal, whose new rows are first written to files of the logs (`export_journal`).
+        journal: URL of a journal, whose new rows are first written to files of the logs.
         remove_events: Whether to remove from the journal the batches that the tables already include.
-        other_journal: Whether to accept a journal other than the model's (see `export_journal`).
+        other_journal: Whether to accept a journal other than the one in the model's tables. Events of the old journal
+            that are not in the tables yet are then lost.
 
     Returns:
         The versions before and after the refresh.
 
     Raises:
-        UserError: `export_journal` or `update_tables` failed, or MLflow is unreachable or refuses the request.
+        UserError: The journal or the log can't be used, or MLflow is unreachable or refuses a request.
     """
     tracking_uri, work = settings.tracking.resolved_uri, Path(settings.data.work_dir)
     check_work_outside_logs(settings.data.log, settings.schema_, work)
@@ -129,7 +129,7 @@ def refresh(
         try:
             included = None
             if journal is not None:
-                included = export_journal(served, settings, journal, remove_events, other_journal)
+                included = _export_journal(served, settings, journal, remove_events, other_journal)
             tables = update_tables(served.folder, settings, artifact, rebuild=rebuild, journal=included)
             if tables is None or artifact_version(artifact) == artifact_version(served.folder):
                 return RefreshResult(served, served.version)
@@ -149,12 +149,11 @@ def _register(settings: Settings, served: CurrentModel, tables: WrittenTables, a
     try:
         with runs.open_run(tracking_uri, settings.experiment, run_name="refresh") as run:
             run.set_tags({**tags, "refreshed.tables_as_of": served.artifact.tables_as_of})
-            counts = {"refresh/files": tables.files, "refresh/rows": tables.rows, "refresh/events": tables.events}
-            run.log_metrics(counts)
+            run.log_metrics({f"refresh/{name}": getattr(tables, name) for name in ("files", "rows", "events")})
             number = registry.register_model(run, artifact, version.name, tags=tags)
             new_version = ModelVersion(version.name, number, run.run_id)
             summary = f"The tables of {version.uri} as of {as_of}, with {tables.rows:,} more rows, made by\n\n"
-            describe_version(new_version, summary + code_block(command_line()), {}, tracking_uri)
+            describe_version(new_version, summary + runs.code_block(runs.command_line()), {}, tracking_uri)
             current = find_champion(version.name, served.alias, tracking_uri)
             if current == version:
                 # A rollback must return to the model that the last promotion replaced, and not to a version of the
@@ -165,9 +164,8 @@ def _register(settings: Settings, served: CurrentModel, tables: WrittenTables, a
                 current = new_version
             run.set_tags({"refreshed.holds": f"{served.alias}: {current is not None and current.number == number}"})
     except UnreachableError as error:
-        raise UserError(
-            f"{error}: '{served.alias}' is unchanged. Run the same command again once MLflow answers."
-        ) from None
+        problem = f"{error}: '{served.alias}' is unchanged"
+        raise UserError(f"{problem}. Run the same command again once MLflow answers.") from None
     keep = settings.tracking.keep_versions
     try:
         if keep is not None and (removed := registry.delete_old_versions(version.name, _FROM_TAG, keep, tracking_uri)):
@@ -178,25 +176,12 @@ def _register(settings: Settings, served: CurrentModel, tables: WrittenTables, a
     return RefreshResult(served, current, number, tables)
 
 
-def export_journal(
+def _export_journal(
     served: CurrentModel, settings: Settings, journal_url: str, remove_events: bool = False, other_journal: bool = False
 ) -> Mapping[str, Any]:
     """Write the batches that the model's tables don't include to files of the logs.
 
-    Args:
-        served: Model to refresh.
-        settings: Settings of the model.
-        journal_url: URL of the journal.
-        remove_events: Whether to remove the batches that the tables already include from the journal.
-        other_journal: Whether to accept a journal other than the one in the model's tables. Events of the old journal
-            that are not in the tables yet are then lost.
-
-    Returns:
-        The journal's `id`, and the position `through` which the logs' files include the journal.
-
-    Raises:
-        UserError: There is no journal, it is damaged, the model's tables include a different journal, or files can't be
-            written to a log's folder.
+    Returns the journal's `id`, and the position `through` which the logs' files include the journal.
     """
     schema, included = settings.schema_, served.artifact.journal
     journal = Journal(journal_url, create=False)
@@ -236,12 +221,7 @@ def export_journal(
 
 
 def update_tables(
-    artifact: Path,
-    settings: Settings,
-    out: Path,
-    *,
-    rebuild: bool = False,
-    journal: Mapping[str, Any] | None = None,
+    artifact: Path, settings: Settings, out: Path, *, rebuild: bool = False, journal: Mapping[str, Any] | None = None
 ) -> WrittenTables | None:
     """Write an artifact whose tables of counters and histories include the new files of the log.
 
@@ -250,9 +230,8 @@ def update_tables(
         settings: Settings with the log. Their features must equal the artifact's.
         out: Folder of the new artifact. It isn't written if the log has no new files.
         rebuild: Whether to rebuild the tables from all rows of the log.
-        journal: ID and last position of the journal in the files of the log (`ArtifactInfo.journal`). If None, the
-            later of two positions is used: in the names of the files, and in the artifact. Names alone aren't enough,
-            because batches with only duplicate rows leave no file.
+        journal: ID and last position of the journal in the files of the log (`ArtifactInfo.journal`). If None, they
+            come from the names of the files or from the artifact, where the position is later.
 
     Returns:
         The new tables, None if the log has no new files.
@@ -289,8 +268,8 @@ def tables_time(info: ArtifactInfo) -> int:
 def _latest_journal(before: Mapping[str, Any] | None, named: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """Return the ID and last position of the journal that updated tables include.
 
-    `before` comes from the tables before the update, `named` from the names of their files. The larger position counts.
-    If both have different journals, `named` counts.
+    `before` comes from the tables before the update, `named` from the names of their files. The larger position counts,
+    because batches of only duplicates leave no file. If the journals differ, `named` counts.
     """
     if before is None or named is None or before["id"] != named["id"]:
         return before if named is None else named
@@ -303,8 +282,7 @@ def _open_logs(features: Path, settings: Settings, included_files: IncludedFiles
     reject_plain_table(pipeline.schema, "a refresh of a model's tables")
     types = None if included_files is None else [log.types for log in included_files.logs]
     logs = open_model_logs(settings, pipeline, types)
-    schema = settings.schema_
-    for name, before, now in diff_settings(logs.schema.identity(), schema.identity()):
+    for name, before, now in diff_settings(logs.schema.identity(), settings.schema_.identity()):
         raise UserError(
             f"setting '{name}' is {before} in the model's features and {now} in the settings. Restore the setting, "
             "or train a model with it."

@@ -1,9 +1,8 @@
 """Log ranked requests to Parquet files in a background thread, so that no reply waits for a file.
 
-docs/how-to/train-on-served-requests.md says which requests are logged. The queue has a limited number of candidates,
-because a queued reply keeps all rows of its batch in memory. The files have the names
-`requests-TIME-HOST-PROCESS-RANDOM.parquet` with the time of writing (UTC), so names sort by time. Other programs may
-move or remove files at any time.
+docs/how-to/train-on-served-requests.md says which requests are logged. The files have the names
+`requests-TIME-HOST-PROCESS-RANDOM.parquet` with the time of writing (UTC). Other programs may move or remove files at
+any time.
 """
 
 import hashlib
@@ -49,7 +48,7 @@ ARTIFACT = "served_artifact"
 FRACTION = "served_fraction"
 
 MAX_QUEUED_CANDIDATES = 100_000
-"""Limit on the number of candidates of all replies in the queue. Further replies are dropped."""
+"""Limit on the candidates of all queued replies, which keep the rows of their batches in memory. More are dropped."""
 ROWS_PER_FILE = 262_144
 
 _log = logging.getLogger(__name__)
@@ -83,7 +82,7 @@ class RequestLogOptions:
 
 
 class RequestLog:
-    """Log of a fraction of all requests."""
+    """Log of ranked requests, or of a fraction of them."""
 
     def __init__(self, options: RequestLogOptions, count: CountReplies) -> None:
         """Start the thread that writes files.
@@ -99,8 +98,8 @@ class RequestLog:
         self.options, self._count = options, count
         self._queue: SimpleQueue[LoggedReply | None] = SimpleQueue()  # None ends the thread.
         self._lock = threading.Lock()
-        self._candidates, self._is_closing = 0, False
-        self._has_failed = self._has_dropped = False
+        self._candidates = 0  # Number of candidates of all replies in the queue.
+        self._is_closing = self._has_failed = self._has_dropped = False
         self._thread = threading.Thread(target=self._run, name="request log", daemon=True)
         self._thread.start()
 
@@ -141,8 +140,8 @@ class RequestLog:
     def _run(self) -> None:
         """Write queued replies to files until the log is closed.
 
-        A file is written once `ROWS_PER_FILE` rows have arrived, after `flush_seconds`, or before the first reply of
-        another model, because a file contains the replies of one model only.
+        A file is written once `ROWS_PER_FILE` rows have arrived, after `flush_seconds`, or before another model's first
+        reply, because each file has the replies of one model.
         """
         tables, rows, artifact, until = list[pa.Table](), 0, "", 0.0
         while True:
@@ -193,9 +192,7 @@ class RequestLog:
 
 
 def is_sampled(request: int | str, fraction: float) -> bool:
-    """Return whether a request belongs to the logged fraction.
-
-    The result depends only on the ID, so all servers and all calls with this ID agree.
+    """Return whether a request belongs to the logged fraction. The result depends only on the ID and the fraction.
 
     Args:
         request: ID of the request.
@@ -218,14 +215,11 @@ def check_log_folder(folder: Path) -> None:
 
 
 def write_log_file(folder: Path, rows: pa.Table) -> Path:
-    """Write rows atomically to a new file of a folder.
+    """Write rows atomically to a new file, and return its path.
 
     Args:
         folder: Folder of the request log.
         rows: Rows to write.
-
-    Returns:
-        Path of the file.
 
     Raises:
         OSError: The folder is gone or can't be written.
@@ -261,7 +255,7 @@ class LoggedReply:
     served_at: int
 
     def __len__(self) -> int:
-        """Return the number of candidates of the request, including those that `top_k` leaves out of the reply."""
+        """Return the number of candidates of the request, including candidates that `top_k` omits from the reply."""
         return int(self.reply.ranked_request.end - self.reply.ranked_request.first)
 
     def to_table(self) -> pa.Table:
@@ -270,17 +264,15 @@ class LoggedReply:
         Raises UserError if a column of the log has the name of an added column.
         """
         reply, ranked_request, count = self.reply, self.reply.ranked_request, len(self.reply.scores)
-        row_indices = ranked_request.first + np.array(reply.order, np.int64)
-        inputs = ranked_request.rows.schema.input_columns()
-        columns = {
-            name: ranked_request.rows.take(name, row_indices) for name, role in inputs.items() if role != "placement"
-        }
+        rows, row_indices = ranked_request.rows, ranked_request.first + np.array(reply.order, np.int64)
+        inputs = rows.schema.input_columns()
+        columns = {name: rows.take(name, row_indices) for name, role in inputs.items() if role != "placement"}
         weights = None if self.weights is None else json.dumps(self.weights, sort_keys=True)
         added = {
             REQUEST: pa.repeat(reply.request_id, count),
             AT: pa.repeat(pa.scalar(self.served_at, UTC_MICROSECONDS), count),
             RANK: pa.array(np.arange(1, count + 1, dtype=np.int32)),
-            CANDIDATE_COUNT: pa.repeat(pa.scalar(ranked_request.end - ranked_request.first, pa.int32()), count),
+            CANDIDATE_COUNT: pa.repeat(pa.scalar(len(self), pa.int32()), count),
             REPLIED_COUNT: pa.repeat(pa.scalar(count, pa.int32()), count),
             SCORE: pa.array(reply.scores, pa.float64()),
         }
@@ -309,12 +301,12 @@ def check_reserved_columns(columns: Iterable[str], added: Iterable[str]) -> None
 
 
 def _hash_ranked_inputs(ranked_request: RankedRequest, row_indices: np.ndarray) -> dict[str, np.ndarray]:
-    """Hash the model's inputs for M of the batch's rows. Return feature -> hashes, shape (M,), int32."""
+    """Hash the model's inputs for the M rows of a batch that are listed. Return feature -> (M,) int32 hashes."""
     by_request, by_row = ranked_request.inputs
     request_indices = np.full(len(row_indices), ranked_request.number)
 
     def take(row_inputs: Mapping[str, Any], request_inputs: Mapping[str, Any]) -> dict[str, Any]:
-        selections = [*((name, values, row_indices) for name, values in row_inputs.items())]
+        selections = [(name, values, row_indices) for name, values in row_inputs.items()]
         selections += [(name, values, request_indices) for name, values in request_inputs.items()]
         return {
             name: values.take(indices) if isinstance(values, Ragged) else values[indices]
@@ -329,9 +321,8 @@ def hash_features(
 ) -> dict[str, np.ndarray]:
     """Hash the inputs of each feature for N rows, so that served and offline rows can be compared.
 
-    Placement is left out because it is unknown in serving. The hashes use encoded inputs: IDs as integers, and numbers
-    as the bits of their float32. Equal inputs have equal hashes, and unequal inputs almost always differ. A hash is
-    multilinear (Lemire and Kaser 2014): the sum over inputs of value times a fixed odd number, modulo 2^64, then mixed.
+    Placement is left out because it is unknown in serving. A hash is multilinear (Lemire and Kaser 2014): the sum over
+    inputs of value times a fixed odd number, modulo 2^64, then mixed. Of a float32 input, the bits are the value.
 
     Args:
         ids: Input name -> (N,) integers, or `Ragged` for lists of IDs.
@@ -353,7 +344,7 @@ def hash_features(
 
 
 def _to_uint64(values: np.ndarray | Ragged) -> np.ndarray:
-    """Reduce the value of each of N rows (a number or a list) to one uint64 for hashing. Returns shape (N,)."""
+    """Reduce the value of each of N rows (a number or a list) to one uint64 for hashing. Return shape (N,)."""
     if not isinstance(values, Ragged):
         if values.dtype == np.float32:
             return np.ascontiguousarray(values).view(np.uint32).astype(np.uint64)

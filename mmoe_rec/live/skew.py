@@ -1,9 +1,8 @@
 """Training-serving skew: compare the requests that a server has logged with the log's rows of the same requests.
 
 For each feature, a server logs a digest (hash) of the values that the model read. This module computes the same digests
-offline: from the log, point in time, with the steps of a feature build and the model's own encoders. It doesn't use the
-counters and histories that a server or a model has stored, so errors in them are found. DuckDB joins the served and the
-offline rows.
+offline, with the steps of a feature build and the model's own encoders. It recomputes counters and histories from the
+log, point in time, to find errors in stored ones. DuckDB joins the served and the offline rows.
 """
 
 import json
@@ -41,11 +40,9 @@ from mmoe_rec.tracking.registry import resolve_model
 
 REPORT_FILE = "skew.json"
 ABSOLUTE_TOLERANCE = 1e-5
-"""Limit on the difference of two values, multiplied by the value if it exceeds 1. Small differences are normal, because
-libraries sum products in different orders."""
+"""Limit on the difference of two values, multiplied by the value if that exceeds 1. Small differences are normal."""
 RELATIVE_TOLERANCE = 1e-3
-"""Limit on the difference as a fraction of the value. It also applies to probabilities and scores, because the absolute
-limit alone is too loose for small values."""
+"""Second limit for probabilities and scores, as a fraction of the value. The first is too loose for small values."""
 MAX_EXAMPLES = 3
 _REPLY_COLUMNS = [
     request_log.AT,
@@ -85,8 +82,8 @@ _SKIP_DESCRIPTIONS = {
 # - `marked`: all served rows. `reason` says why a row can't be compared. A served row with a time outside the period is
 #   still compared if its request ID matches a row of the log.
 # - `matched`: the served rows that can be compared.
-# - `missing`: rows of the log that no logged reply has, although the replies to their request rank all candidates. Also
-#   one row for each request whose reply was logged in part.
+# - `missing`: rows of the log that no logged reply contains, although the replies to their request contain all
+#   candidates. Also one row for each request whose reply was logged only in part.
 _JOIN = f"""
 CREATE TABLE offline AS SELECT * FROM log_rows QUALIFY row_number() OVER (PARTITION BY key ORDER BY number) = 1;
 CREATE TABLE marked AS
@@ -114,23 +111,14 @@ _BOTH = "FROM matched s JOIN offline o ON s.row = o.number"
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Comparison of one value between logged requests and the log.
+class _Comparison:
+    """Comparison of one value between logged requests and the log, as an entry of the report."""
 
-    Attributes:
-        name: Name of the feature, task or column.
-        kind: Kind of the value.
-        compared: Number of compared rows.
-        mismatches: Number of rows that differ.
-        largest: Largest absolute difference, None for values that aren't numbers.
-        examples: The first `MAX_EXAMPLES` rows that differ.
-    """
-
-    name: str
+    name: str  # Name of the feature, task or column.
     kind: ValueKind
-    compared: int
+    compared: int  # Number of compared rows.
     mismatches: int
-    largest: float | None
+    largest: float | None  # Largest absolute difference. None for values that aren't numbers.
     examples: list[dict[str, Any]]
 
 
@@ -165,8 +153,8 @@ def check_skew(
         try:
             folder.mkdir(parents=True)
             pipeline = FeaturePipeline.load(model / "features", stores=False)
-            served = read_request_log(requests, pipeline.schema)
-            offline = score_offline(open_model_logs(settings, pipeline), model, (start, end), folder)
+            served = _read_request_log(requests, pipeline.schema)
+            offline = _score_offline(open_model_logs(settings, pipeline), model, (start, end), folder)
             with open_database(folder / "database", settings.data.memory_gib) as database:
                 report = _compare(database, offline, served, pipeline.schema, window, weights)
         except RequestError as error:
@@ -181,19 +169,8 @@ def check_skew(
     return report
 
 
-def read_request_log(folder: Path, schema: Schema) -> pa.Table:
-    """Read the files of a request log.
-
-    Args:
-        folder: Folder of the request log.
-        schema: Schema of the model that ranked the requests.
-
-    Returns:
-        The rows of all files. If the schema has a request column, the rows have it, too.
-
-    Raises:
-        UserError: The files can't be read, or they lack a column.
-    """
+def _read_request_log(folder: Path, schema: Schema) -> pa.Table:
+    """Read the files of a request log. If the schema has a request column, the rows get this column, too."""
     columns, tables = schema.columns, list[pa.Table]()
     try:
         for file in find_files(str(folder), "--requests"):
@@ -212,20 +189,10 @@ def _require_columns(table: pa.Table, columns: list[str]) -> None:
         raise UserError(f"{problem}, which `mmoe-rec serve --log-requests` of this version writes")
 
 
-def score_offline(logs: Logs, model: Path, window: tuple[int, int], scratch: Path) -> pa.Table:
-    """Score the log's rows of a period, point in time.
+def _score_offline(logs: Logs, model: Path, window: tuple[int, int], scratch: Path) -> pa.Table:
+    """Score the log's rows with request times in the `window` (start and exclusive end), point in time.
 
-    Args:
-        logs: Logs as the model's features read them.
-        model: Folder of the artifact.
-        window: Start and exclusive end of the request times, microseconds.
-        scratch: Empty folder for temporary files.
-
-    Returns:
-        A table with row IDs, digests, predictions and scores. Columns have the same names as in the request log.
-
-    Raises:
-        UserError: The log can't be read, or it has no rows in the period or none before the period.
+    The result has the same columns of IDs, digests, predictions and scores as the request log.
     """
     kept, steps = scratch / "kept", BuildSteps(logs, {"served": window}, scratch / "steps")
     stores, ranker, parts = scratch / "steps" / "memories", Ranker.load(model), list[pa.Table]()
@@ -252,7 +219,7 @@ def score_offline(logs: Logs, model: Path, window: tuple[int, int], scratch: Pat
 
 
 def _score(ranker: Ranker, rows: LogRows) -> pa.Table:
-    """Compute digests, predictions and scores of rows that already have columns with their counters and histories."""
+    """Compute digests, predictions and scores of rows that already have their counters and histories."""
     schema, layout = ranker.pipeline.schema, ranker.pipeline.layout
     filled_rows, ids = ranker.reader.fill_attributes(LogRows(rows.table, schema, rows.results)), schema.columns
     inputs, (values, log_scores) = ranker.pipeline.inputs(filled_rows), ranker.score(filled_rows)
@@ -268,10 +235,7 @@ def _score(ranker: Ranker, rows: LogRows) -> pa.Table:
 def _create_side(
     database: Database, name: str, table: pa.Table, schema: Schema, values: list[str], more: list[str]
 ) -> None:
-    """Create the database table of the served or the offline rows.
-
-    The columns are keys to join by, IDs for examples, the values to compare (`v0`, `v1` and so on) and `more` columns.
-    """
+    """Create the database table of served or offline rows. The `values` to compare become columns `v0`, `v1` ..."""
     rows, columns = LogRows(table, schema), schema.columns
     side = {"key": rows.row_hashes(), "request_key": rows.request_hashes(), "user_key": rows.hashes([columns.user])}
     side |= {"number": pa.array(range(len(table)), pa.int64()), "time_us": rows.times()}
@@ -291,11 +255,8 @@ def _compare(
     weights: Mapping[str, float],
 ) -> dict[str, Any]:
     """Join served and offline rows, and compare their values (see `check_skew`)."""
-    values = [
-        name
-        for name in offline.column_names
-        if name.startswith((request_log.DIGEST_PREFIX, request_log.PREDICTION_PREFIX, request_log.SCORE))
-    ]
+    prefixes = request_log.DIGEST_PREFIX, request_log.PREDICTION_PREFIX, request_log.SCORE
+    values = [name for name in offline.column_names if name.startswith(prefixes)]
     _require_columns(served, values)
     _create_side(database, "log_rows", offline, schema, values, [])
     _create_side(database, "served", served, schema, values, _REPLY_COLUMNS)
@@ -308,8 +269,7 @@ def _compare(
         raise UserError(f"{problem}. Use the period, the model and the log of these requests.")
     missing, lost = database.row("SELECT count(*), count(*) FILTER (number IN (SELECT row FROM matched)) FROM missing")
     examples = _examples(database, "SELECT o.*, why FROM missing JOIN offline o USING (number) ORDER BY number")
-    replied = distinct + missing - lost
-    compared = [Comparison("candidates", ValueKind.REPLY, replied, missing, None, examples)]
+    compared = [_Comparison("candidates", ValueKind.REPLY, distinct + missing - lost, missing, None, examples)]
     for name, key in ((schema.columns.user, "user_key"), (schema.columns.time, "time_us")):
         if schema.columns.request is not None:
             compared.append(_compare_value(database, name, ValueKind.COLUMN, f"s.{key} <> o.{key}", rows))
@@ -329,9 +289,9 @@ def _compare(
         if is_score:  # Scores can't be compared if the request had its own task weights.
             differs = f"s.{request_log.WEIGHTS} IS NULL AND {differs}"
         compared.append(_compare_value(database, name, kind, differs, rows, (served_value, offline_value)))
-    requests = "SELECT count(DISTINCT request_key) FROM log_rows"
+    (requests,) = database.row("SELECT count(DISTINCT request_key) FROM log_rows")
     return {
-        "requests": int(database.row(requests)[0]),
+        "requests": requests,
         "rows": len(offline),
         "logged_rows": len(served),
         "compared_rows": rows,
@@ -345,8 +305,8 @@ def _compare(
 def _regression_factor(values: list[str], weights: Mapping[str, float]) -> str:
     """Return SQL for a factor of the offline score that replaces its regression predictions by the served ones.
 
-    The score is a product of powers of predictions. Rounding may change a small prediction of a regression, and so the
-    score, by a large factor. Regressions are compared separately, so they must not make the scores differ again.
+    The score is a product of powers of predictions. Rounding may change a small regression prediction, and so the
+    score, by a large factor. Regression predictions are compared separately.
     """
     factor = "1.0"
     for task, weight in weights.items():
@@ -356,28 +316,14 @@ def _regression_factor(values: list[str], weights: Mapping[str, float]) -> str:
 
 
 def _compare_value(
-    database: Database,
-    name: str,
-    kind: ValueKind,
-    differs: str,
-    rows: int,
-    sides: tuple[str, str] | None = None,
-) -> Comparison:
-    """Compare one value in all matched rows.
-
-    Args:
-        database: Database with the served and offline rows.
-        name: Name of the value.
-        kind: Kind of the value.
-        differs: SQL condition for rows that differ.
-        rows: Number of matched rows.
-        sides: SQL for the served and for the offline number. None for values that aren't numbers.
-    """
-    served, offline = sides or ("NULL::DOUBLE", "NULL::DOUBLE")
+    database: Database, name: str, kind: ValueKind, differs: str, rows: int, numbers: tuple[str, str] | None = None
+) -> _Comparison:
+    """Compare one value in all matched rows. `differs` is an SQL condition, and `numbers` are SQL expressions."""
+    served, offline = numbers or ("NULL::DOUBLE", "NULL::DOUBLE")
     mismatches, largest = database.row(f"SELECT count(*) FILTER ({differs}), max(abs({served} - {offline})) {_BOTH}")
     query = f"SELECT o.*, {served} AS served, {offline} AS offline {_BOTH} WHERE {differs} ORDER BY o.number"
     examples = _examples(database, query) if mismatches else []
-    return Comparison(name, kind, rows, mismatches, largest, examples)
+    return _Comparison(name, kind, rows, mismatches, largest, examples)
 
 
 def _examples(database: Database, query: str) -> list[dict[str, Any]]:
@@ -407,9 +353,8 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
             line = f"  request {example['request']}, candidate {example['candidate']}, at {example['time']}"
             yield line + (f": {example['why']}" if example["why"] else "")
     if not report["mismatches"]:
-        yield (
-            f"replies are complete, features are identical, predictions and scores agree within {ABSOLUTE_TOLERANCE:g}"
-        )
+        agreement = f"predictions and scores agree within {ABSOLUTE_TOLERANCE:g}"
+        yield f"replies are complete, features are identical, {agreement}"
     reasons = f". Not compared: {_list_reasons(report['not_compared'])}" if report["not_compared"] else ""
     yield f"{report['compared_rows']:,} of {report['logged_rows']:,} logged rows are compared{reasons}"
     requests, rows, replied = report["requests"], report["rows"], report["rows_with_reply"]

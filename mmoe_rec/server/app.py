@@ -1,4 +1,4 @@
-"""The ASGI application: its pages, the access checks, and error replies in one format."""
+"""The ASGI application: its endpoints, the access checks, and error replies in one format."""
 
 import base64
 import hashlib
@@ -31,7 +31,7 @@ from mmoe_rec.server.options import INTERNAL_ERROR, HttpError, RefusalReason
 from mmoe_rec.server.server_metrics import CONTENT_TYPE, Metrics
 
 Reload = Callable[[], Awaitable[None]]
-"""Serves the model that the server's URI names now. Raises UserError if the model can't be loaded."""
+"""Function that loads and serves the model that the server's URI names now. Raises UserError if that fails."""
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
 LIVENESS_PATH = "/ping"  # Returns 200 while the server drains, so that a liveness probe doesn't kill it early.
@@ -54,16 +54,15 @@ class Application:
     """The ASGI application of a worker."""
 
     def __init__(self, models: ModelManager, metrics: Metrics | None = None, reload: Reload | None = None) -> None:
-        """Set up the pages.
+        """Set up the endpoints.
 
         Args:
             models: The served model and the server's options.
             metrics: Metrics of the worker. None creates new metrics in memory.
-            reload: Function that `/reload` calls. None omits this page.
+            reload: Function that `/reload` calls. None omits this endpoint.
         """
         options = models.options
-        self.models, self.token, self._reload = models, options.token, reload
-        self.metrics = metrics or Metrics()
+        self.models, self.metrics, self.token, self._reload = models, metrics or Metrics(), options.token, reload
         count = self.metrics.logged_replies.labels
         self._log = None
         if options.request_log is not None:
@@ -88,7 +87,7 @@ class Application:
         self._app.router.redirect_slashes = False  # The URL of a redirect would contain the caller's own Host header.
 
     def close(self) -> None:
-        """Write the rest of the request log. Use this only after the last call was answered."""
+        """Write the rest of the request log. Call this only after all calls were answered."""
         if self._log is not None:
             self._log.close()
 
@@ -107,9 +106,8 @@ class Application:
             # In a DNS rebinding attack, a web page of another site makes its own host name point to this server.
             for host in Headers(scope=scope).getlist("host"):
                 if re.sub(r":\d*$", "", host).strip("[]").lower() not in allowed_hosts:
-                    sentence = (
-                        f"header Host: {quoted(host)} is not a name of this server. Start it with --allow-host NAME."
-                    )
+                    problem = f"header Host: {quoted(host)} is not a name of this server"
+                    sentence = f"{problem}. Start it with --allow-host NAME."
                     return HttpError(403, sentence, RefusalReason.FOREIGN, "PERMISSION_DENIED")
         authorization = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         if self.token is not None and not is_open:
@@ -131,7 +129,7 @@ class Application:
 
     async def _page(self, request: HttpRequest) -> Response:
         """Return the page on which a person can try the model."""
-        return page_response()
+        return _page_response()
 
     async def _version(self, request: HttpRequest) -> Response:
         """Return the served model, the version of this package, and why a newer model isn't served, if so."""
@@ -226,12 +224,8 @@ async def _failed(request: HttpRequest, error: Exception) -> Response:
 
 
 @cache
-def page_response() -> Response:
-    """Return the page on which a person can try the model. It contains no data of the model, so it needs no token.
-
-    The headers allow a browser to use only the page's own script and style, identified by their checksums. The page
-    can contact only this server.
-    """
+def _page_response() -> Response:
+    """Return the web page. Its headers let it run only its own script and style, and contact only this server."""
     text = files("mmoe_rec.server").joinpath("page.html").read_text(encoding="utf-8")
     sources = []
     for tag in ("script", "style"):

@@ -30,12 +30,12 @@ class Server(uvicorn.Server):
         Args:
             app: Application to serve.
             read_timeout_seconds: Limit on the time for a request's headers to arrive, and on the time for the caller to
-                receive the reply. The limits are checked only this often, so they can take effect up to twice as late.
+                receive the reply. This is also the interval of checks, so a connection may last twice as long.
             grace_seconds: Time to answer accepted calls once the server ends. Calls that take longer are dropped.
         """
         config = uvicorn.Config(
             app,
-            http=partial(BoundedProtocol, read_timeout_seconds),  # type: ignore[arg-type]
+            http=partial(_BoundedProtocol, read_timeout_seconds),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,
@@ -71,20 +71,14 @@ class Server(uvicorn.Server):
 _Base: Any = HttpToolsProtocol
 
 
-class BoundedProtocol(_Base):
-    """uvicorn's protocol with limits. It closes stalled connections and connections with large headers."""
+class _BoundedProtocol(_Base):
+    """uvicorn's protocol, which also closes stalled connections and connections with large headers."""
 
     _timer: asyncio.TimerHandle | None = None
     _unfinished = 0  # Bytes received of headers that aren't complete yet.
     _progress = 0  # Number of started requests and finished replies on this connection.
 
     def __init__(self, read_timeout_seconds: float, **uvicorn_options: Any) -> None:
-        """Prepare for a connection.
-
-        Args:
-            read_timeout_seconds: Seconds between checks for progress.
-            **uvicorn_options: Options of uvicorn's protocol.
-        """
         super().__init__(**uvicorn_options)
         self._seconds = read_timeout_seconds
 
@@ -118,10 +112,7 @@ class BoundedProtocol(_Base):
         self._timer = self.loop.call_later(self._seconds, self._check, self._progress)
 
     def _check(self, progress: int) -> None:
-        """Close the connection if it made no progress since the last check.
-
-        A call that is being answered may go on, because it has its own timeout.
-        """
+        """Close the connection if it made no progress since the last check. Calls being answered have own timeouts."""
         is_answering = self.cycle is not None and not self.cycle.response_complete and not self.cycle.disconnected
         is_sent = self.transport.get_write_buffer_size() == 0
         if progress != self._progress or (is_answering and is_sent):

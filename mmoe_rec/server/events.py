@@ -33,7 +33,7 @@ EXAMPLE_BODY = '{"events": [{column: value, ...}, ...], "log": NAME}'
 _THREADS = 4  # Number of calls whose rows are checked or written to disk at the same time.
 
 MissingAttributes = dict[str, np.ndarray]
-"""Column of users or candidates -> whether each of N rows omits it, shape (N,) bool."""
+"""Attribute of users or candidates -> whether each of N rows omits the attribute, (N,) bool."""
 
 _log = logging.getLogger(__name__)
 
@@ -50,9 +50,8 @@ class EventHandler:
             metrics: Metrics of the worker.
             follower: Follower that ingests the journal into the current model.
         """
-        self._limits, self._metrics, self._follower = limits, metrics, follower
-        self._journal = Journal(journal)
-        self.limiter = CallLimiter(self._limits, "calls of /events")
+        self._limits, self._metrics, self._follower, self._journal = limits, metrics, follower, Journal(journal)
+        self.limiter = CallLimiter(limits, "calls of /events")
         self._threads = ThreadPoolExecutor(_THREADS, "events")
 
     async def answer(self, request: Request) -> Response:
@@ -62,10 +61,7 @@ class EventHandler:
             return await handle_call(lambda: self._accept(request), self.limiter, lambda reason: refusals(reason).inc())
 
     async def _accept(self, request: Request) -> bytes:
-        """Append the rows of a call and return the reply. Raise HttpError after a timeout.
-
-        The timeout does not interrupt an append in progress, so the rows may still be stored.
-        """
+        """Append the rows of a call and return the reply. After a timeout, a started append still completes."""
         require_json(request)
         if names := request.query_params.keys():
             raise HttpError(400, f"/events has no query parameter {quoted(min(names))}", RefusalReason.BODY)
@@ -86,7 +82,7 @@ class EventHandler:
             raise HttpError(503, sentence, RefusalReason.TOO_LONG, "TEMPORARILY_UNAVAILABLE", 1) from None
 
     def _check(self, body: bytes) -> tuple[str | None, pa.Table, MissingAttributes]:
-        """Parse and check a body. Return the log's name (None: interaction log), the rows and missing attributes."""
+        """Parse and check a body. Return the log's name (None: interaction log), its rows and missing attributes."""
         validator = self._follower.ingester.validator
         try:
             log_name, rows = _parse_body(parse_json(body, self._limits))
@@ -129,7 +125,7 @@ def _parse_body(tree: Any) -> tuple[str | None, Any]:
 def _missing_attributes(
     log_name: str | None, validator: RowValidator, table: pa.Table, rows: Sequence[Mapping[str, Any]]
 ) -> MissingAttributes:
-    """Find the attributes that rows omit. `rows` are the parsed JSON objects of the table's rows."""
+    """Find the attributes that rows omit. `table` and `rows` (parsed JSON objects) contain the same rows."""
     missing = {}
     for name in validator.optional_attributes if log_name is None else ():
         if name not in table.column_names:
@@ -140,10 +136,7 @@ def _missing_attributes(
 
 
 def _fill_missing(ranker: Ranker, table: pa.Table, missing: MissingAttributes) -> pa.Table:
-    """Fill missing attributes with the latest values of their user or candidate.
-
-    The journal then contains all inputs of a feature build.
-    """
+    """Fill missing attributes with the latest values of their user or candidate, because feature builds need them."""
     given = {name: table.column(name) for name in missing if name in table.column_names}
     filled = ranker.reader.fill_attributes(LogRows(table.drop_columns(list(given)), ranker.pipeline.schema)).table
     for name, column in given.items():

@@ -1,9 +1,7 @@
 """`POST /invocations`: read a call within limits, parse it, rank it, and reply with rankings or one error sentence.
 
-A call contains one or more elements. Each element is a request: one user's list of candidates to rank.
-
-orjson parses the JSON. As the JSON standard demands, it rejects NaN, numbers beyond a double, lone surrogates and
-invalid UTF-8. It also rejects nesting beyond 1,024 levels.
+A call contains one or more elements. Each element is a request: one user's list of candidates to rank. orjson parses
+the JSON. It rejects NaN, numbers beyond a double, lone surrogates, invalid UTF-8 and nesting beyond 1,024 levels.
 """
 
 import asyncio
@@ -41,8 +39,7 @@ MAX_INLINE_PARSE_BYTES = 256 * 2**10
 EXAMPLE_BODY = '{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}'
 _KEYS = ("inputs", "params", "dataframe_split", "dataframe_records")
 EXPLAIN_COST = 10
-"""Number of candidates that an explained candidate counts as in limits, because explanations make replies longer: with
-45 counters, 35 times as long."""
+"""In limits, an explained candidate counts like this many candidates, because explanations make replies much longer."""
 _ERROR_REASONS = (RefusalReason.BODY, RefusalReason.ELEMENT, RefusalReason.MODEL)
 
 
@@ -72,8 +69,7 @@ class InvocationHandler:
             metrics: Metrics of the worker.
             log: Request log. None logs no requests.
         """
-        self.models, self.limits, self.metrics = models, models.options.limits, metrics
-        self._log = log
+        self.models, self.limits, self.metrics, self._log = models, models.options.limits, metrics, log
         self.queue = RankingQueue(models, metrics)
         self.follower: JournalFollower | None = None
         if models.options.journal is not None:
@@ -102,18 +98,17 @@ class InvocationHandler:
         ranker = self.models.current.ranker
         with self.metrics.timed("parse"):
             if len(body) <= MAX_INLINE_PARSE_BYTES:
-                call = parse_call(body, self.limits, ranker)
+                call = _parse_call(body, self.limits, ranker)
             else:
                 loop = asyncio.get_running_loop()
-                call = await loop.run_in_executor(self._parsing, parse_call, body, self.limits, ranker)
+                call = await loop.run_in_executor(self._parsing, _parse_call, body, self.limits, ranker)
         self.metrics.elements.inc(len(call.requests))
         self.metrics.candidates.inc(call.candidates)
-        disconnected = asyncio.ensure_future(wait_for_disconnect(request))
+        disconnected = asyncio.ensure_future(_wait_for_disconnect(request))
         try:
             if after is not None:
                 if self.follower is None:
-                    sentence = "this server accepts no events. Leave out 'after'."
-                    raise HttpError(400, sentence, RefusalReason.BODY)
+                    raise _invalid("this server accepts no events. Leave out 'after'.")
                 await self.follower.wait_for_position(after)
             answers = await self.queue.rank(call.requests, call.candidates, disconnected)
         finally:
@@ -121,7 +116,7 @@ class InvocationHandler:
         self._count_unknown_ids(answers)
         events_failure = None if self.follower is None else self.follower.events_failure
         with self.metrics.timed("write"):
-            body = encode_reply(answers, events_failure, partial, call.rows)
+            body = _encode_reply(answers, events_failure, partial, call.rows)
         if self._log is not None:
             self._log_replies(self._log, call, answers)
         return body
@@ -130,8 +125,8 @@ class InvocationHandler:
         model = self.models.current.describe()
         for request, answer in zip(call.requests, answers, strict=True):
             if isinstance(answer, Ranking) and isinstance(request, Request):
-                # The registered name and version are known only of the current model. If the model that ranked was
-                # replaced in the meantime, the request log leaves both empty.
+                # A ranking doesn't contain the registered name and version of its model. If that model was replaced in
+                # the meantime, the request log leaves both empty.
                 is_current = answer.model["version"] == model["artifact"]
                 name, version = (model["model"], model["version"]) if is_current else (None, None)
                 log.offer(answer, request.task_weights, name, version)
@@ -139,8 +134,7 @@ class InvocationHandler:
     def _count_unknown_ids(self, answers: Answers) -> None:
         rankings = [answer for answer in answers if isinstance(answer, Ranking)]
         for role in ("user", "candidate"):
-            unknown = sum(ranking.unknown_ids.get(role, 0) for ranking in rankings)
-            self.metrics.unknown_ids.labels(role).inc(unknown)
+            self.metrics.unknown_ids.labels(role).inc(sum(ranking.unknown_ids.get(role, 0) for ranking in rankings))
 
 
 async def handle_call(
@@ -150,7 +144,7 @@ async def handle_call(
 
     Args:
         answer: Returns the body of the reply, or raises HttpError.
-        limiter: Limit on the concurrent calls of the page.
+        limiter: Limit on the concurrent calls of the endpoint.
         count: Receives the reason if the call is refused.
 
     Returns:
@@ -167,7 +161,7 @@ async def handle_call(
         return Response(status_code=499)  # Nobody receives this reply.
 
 
-async def wait_for_disconnect(request: HttpRequest) -> None:
+async def _wait_for_disconnect(request: HttpRequest) -> None:
     """Wait until the caller disconnects. Call this only after the body has been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -185,37 +179,27 @@ def _parse_query(query: Mapping[str, str]) -> tuple[bool, str | None]:
     """Return the query parameters `partial` (errors may replace elements) and `after` (a position of the journal)."""
     for name in query:
         if name not in ("partial", "after"):
-            raise _invalid(
-                f"/invocations has no query parameter {quoted(name)}. Valid parameters are 'partial' and 'after'."
-            )
+            problem = f"/invocations has no query parameter {quoted(name)}"
+            raise _invalid(f"{problem}. Valid parameters are 'partial' and 'after'.")
     partial = query.get("partial", "false")
     if partial not in ("true", "1", "false", "0"):
         raise _invalid("the query parameter 'partial' must be true or false")
     return partial in ("true", "1"), query.get("after")
 
 
-def is_json_type(kind: str) -> bool:
-    """Return whether a media type is JSON."""
-    return kind == "application/json" or kind.endswith("+json")
-
-
-def content_type(request: HttpRequest) -> str:
-    """Return the media type of a request in lower case, without parameters."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
 def require_json(request: HttpRequest) -> None:
     """Raise HttpError unless the request declares its body as JSON.
 
-    This protects against web pages of other sites, because browsers don't let them send JSON here.
+    Browsers don't let web pages of other sites send JSON to this server, so such pages can't send calls.
     """
-    if not is_json_type(content_type(request)):
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
         sentence = "the body must be JSON: send the header Content-Type: application/json"
         raise HttpError(415, sentence, RefusalReason.NO_JSON)
 
 
 async def read_body(request: HttpRequest, limits: Serving) -> bytes:
-    """Read the body of a call. A body that is too large is read to its end, so that the caller receives the error.
+    """Read the body of a call. Even a body that is too large is read to its end, so that the caller gets the error.
 
     Args:
         request: HTTP request.
@@ -231,8 +215,7 @@ async def read_body(request: HttpRequest, limits: Serving) -> bytes:
     if "upgrade" in request.headers:
         sentence = "this server supports only HTTP/1.1: leave the header Upgrade out"
         raise HttpError(400, sentence, RefusalReason.NO_JSON)
-    parts: list[bytes] = []
-    size, max_bytes = 0, limits.max_body_mib * MEBIBYTE
+    parts, size, max_bytes = list[bytes](), 0, limits.max_body_mib * MEBIBYTE
     try:
         async with asyncio.timeout(limits.read_timeout_seconds):
             async for part in request.stream():
@@ -243,9 +226,8 @@ async def read_body(request: HttpRequest, limits: Serving) -> bytes:
         slow = f"did not arrive within {limits.read_timeout_seconds:g} seconds (setting `serving.read_timeout_seconds`)"
         raise HttpError(408, f"the body {slow}", RefusalReason.TOO_SLOW, "REQUEST_TIMEOUT") from None
     if size > max_bytes:
-        sentence = f"the body is larger than {limits.max_body_mib} MiB, the limit of this server"
-        hint = "(setting `serving.max_body_mib`)"
-        raise HttpError(413, f"{sentence} {hint}", RefusalReason.TOO_LARGE, "REQUEST_TOO_LARGE")
+        limit = f"{limits.max_body_mib} MiB, the limit of this server (setting `serving.max_body_mib`)"
+        raise HttpError(413, f"the body is larger than {limit}", RefusalReason.TOO_LARGE, "REQUEST_TOO_LARGE")
     return b"".join(parts)
 
 
@@ -254,7 +236,7 @@ def parse_json(body: bytes, limits: Serving) -> Any:
 
     Args:
         body: Bytes of the body.
-        limits: Limits with the depth of nesting.
+        limits: Limits, of which this uses the depth of nesting.
 
     Raises:
         HttpError: The body is not valid JSON or too deeply nested.
@@ -267,17 +249,8 @@ def parse_json(body: bytes, limits: Serving) -> Any:
     return tree
 
 
-def parse_call(body: bytes, limits: Serving, ranker: Ranker) -> Call:
-    """Parse the call in a body.
-
-    Args:
-        body: Bytes of the body.
-        limits: Limits on elements, candidates and nesting.
-        ranker: Ranker of the current model. Its schema determines which rows of a data frame form a request.
-
-    Raises:
-        HttpError: The body doesn't have the structure of a call, or exceeds a limit.
-    """
+def _parse_call(body: bytes, limits: Serving, ranker: Ranker) -> Call:
+    """Parse the call in a body. The ranker's schema determines which rows of a data frame form a request."""
     tree = parse_json(body, limits)
     if not isinstance(tree, dict):
         raise _invalid(f"the body must be an object such as {EXAMPLE_BODY}")
@@ -296,9 +269,8 @@ def parse_call(body: bytes, limits: Serving, ranker: Ranker) -> Call:
     requests = read_requests(elements, params)
     valid = [request for request in requests if isinstance(request, Request)]
     candidates = sum(request.candidate_count * (EXPLAIN_COST if request.explain else 1) for request in valid)
-    is_explained = any(request.explain for request in valid)
-    explained = f" (with explain, each counts as {EXPLAIN_COST})" if is_explained else ""
-    _check_candidates(candidates, limits, explained)
+    hint = f" (with explain, each counts as {EXPLAIN_COST})" if any(request.explain for request in valid) else ""
+    _check_candidates(candidates, limits, hint)
     return Call(requests, rows, candidates)
 
 
@@ -325,9 +297,8 @@ def _parse_elements(
         split: Any = tree["dataframe_split"] if isinstance(tree["dataframe_split"], dict) else {}
         names, rows = split.get("columns"), split.get("data")
         if not _is_list_of(names, str) or not _is_list_of(rows, list) or {*map(len, rows)} - {len(names)}:
-            raise _invalid(
-                """'dataframe_split' must be {"columns": [...], "data": [[...], ...]} with rows of one length"""
-            )
+            form = '{"columns": [...], "data": [[...], ...]}'
+            raise _invalid(f"'dataframe_split' must be {form} with rows of one length")
         columns = zip(*rows, strict=True) if rows else [()] * len(names)
     else:
         return tree.get("inputs"), []
@@ -345,8 +316,7 @@ def _is_list_of(values: Any, kind: type) -> bool:
 
 
 def _parse_params(tree: Mapping[str, Any]) -> dict[str, Any]:
-    params = tree.get("params")
-    if params is None:
+    if (params := tree.get("params")) is None:
         return {}
     if not isinstance(params, dict):
         raise _invalid("'params' must be an object")
@@ -370,17 +340,10 @@ def _invalid(sentence: str) -> HttpError:
     return HttpError(400, sentence, RefusalReason.BODY)
 
 
-def encode_reply(answers: Answers, events_failure: str | None, partial: bool, rows: list[list[int]]) -> bytes:
-    """Encode the body of a reply.
+def _encode_reply(answers: Answers, events_failure: str | None, partial: bool, rows: list[list[int]]) -> bytes:
+    """Encode the body of a reply. Raise HttpError if an element is invalid and `partial` is false.
 
-    Args:
-        answers: Ranking or error of each element.
-        events_failure: Why the model lacks some events. It becomes a warning. None if the model lacks none.
-        partial: Whether the reply may contain errors of elements.
-        rows: Indices of each element's rows in the data frame, if the call has that format. Else empty.
-
-    Raises:
-        HttpError: An element is invalid and `partial` is false.
+    `events_failure`, the reason why the model lacks some events, becomes a warning. `rows` is `Call.rows`.
     """
     replies: list[dict[str, Any]] = []
     for index, answer in enumerate(answers):
@@ -394,6 +357,4 @@ def encode_reply(answers: Answers, events_failure: str | None, partial: bool, ro
         else:
             sentence = format_request_error(answer, index, len(answers), rows)
             raise HttpError(400, sentence, RefusalReason.ELEMENT)
-    if rows:
-        replies = flatten_rankings(replies, rows)
-    return orjson.dumps({"predictions": replies})
+    return orjson.dumps({"predictions": flatten_rankings(replies, rows) if rows else replies})

@@ -1,13 +1,11 @@
 """The served model, its updates from the journal, and its replacement by a newer model.
 
-A new model must rank the example request in its artifact before it replaces the old model, which serves until then. One
-process loads the model and writes it to memory that all workers map. Most of a model consists of arrays: weights, and
-tables of counters and histories. Workers share the arrays and have only small objects of their own.
+A new model must rank the example request in its artifact before it replaces the old model. One process loads the model
+and writes it to memory that all workers map (`write_shared`).
 
-With a journal, a model ingests the events that its tables lack (`EventIngester`), in the journal's order. All workers
-and restarted servers thus reach the same state. The artifact names the journal whose events its tables contain, and the
-last position in the tables. If it names a different journal or none, the model ingests only rows with times after the
-newest row of its tables, because earlier rows may already be in the tables.
+With a journal, a model ingests the events that its tables lack (`EventIngester`). The artifact names the journal whose
+events its tables contain, and the last position in the tables. If it names a different journal or none, the model
+ingests only rows later than its tables, because earlier rows may already be in the tables.
 """
 
 import io
@@ -71,7 +69,7 @@ class ModelUpdate:
 
 
 class EventIngester:
-    """Updates one model with the events of a journal. Call `read` and `apply` in turns, from any thread.
+    """Updates one model with the events of a journal. Call `read`, then `apply`, and so on, from any thread.
 
     Attributes:
         ranker: Ranker of the model.
@@ -93,19 +91,15 @@ class EventIngester:
         Raises:
             UserError: There is no journal at the URL, or the model's settings don't support one.
         """
-        self.ranker, self.journal = ranker, Journal(url, create=False)
-        self.schema = ranker.pipeline.schema
+        self.ranker, self.journal, self.schema = ranker, Journal(url, create=False), ranker.pipeline.schema
         reject_plain_table(self.schema, "a journal of events")
         self.validator = RowValidator(ranker.pipeline, max_rows)
         info = ranker.info.journal
         self._is_in_tables = info is not None and info["id"] == self.journal.id
         if info is not None and not self._is_in_tables:
-            _log.warning(
-                "the model's tables contain events of another journal than '%s'. The server therefore ignores events "
-                "of this journal up to the time of the tables (%s).",
-                self.journal.name,
-                ranker.info.tables_as_of,
-            )
+            problem = f"the model's tables contain events of another journal than '{self.journal.name}'"
+            ignored = f"events of this journal up to the time of the tables ({ranker.info.tables_as_of})"
+            _log.warning("%s. The server therefore ignores %s.", problem, ignored)
         through = int(info["through"]) if info is not None and self._is_in_tables else 0
         self.position = max(through, self.journal.removed_until())
         self.events_failure: str | None = None
@@ -123,10 +117,7 @@ class EventIngester:
             self.apply(update)
 
     def read(self, max_rows: int = READ_CHUNK_ROWS) -> ModelUpdate | None:
-        """Read new rows and prepare the model's next state. Return None if there are no new rows.
-
-        Raises UserError if the journal is damaged.
-        """
+        """Read new rows and prepare the model's next state, or return None. Raise UserError for a damaged journal."""
         if not (batches := self.journal.read(self.position, max_rows)):
             return None
         rows = dict[str | None, LogRows]()
@@ -141,10 +132,7 @@ class EventIngester:
         return ModelUpdate(self.ranker.build_state(rows), batches[-1].position, accepted_at, +counts)
 
     def count_ignored(self, times: np.ndarray) -> int:
-        """Count the rows that the model ignores because its tables may include them.
-
-        `times` are the times of N rows in microseconds, shape (N,).
-        """
+        """Count the rows that the model ignores because its tables may include them. `times`: (N,) microseconds."""
         return 0 if self._is_in_tables else int(np.sum(times <= self.ranker.tables_as_of_us))
 
     def apply(self, update: ModelUpdate) -> None:
@@ -170,13 +158,11 @@ class ServedModel:
     ingester: EventIngester | None = None
 
     def describe(self) -> dict[str, str | None]:
-        """Return the model's identity.
+        """Return the model's identity for replies and metrics.
 
-        `model` is the registered name, or the artifact's name if the model doesn't come from the registry. `version` is
-        the registered version, if any. `artifact` is the version that replies contain.
+        `model` and `version` come from the registry, if the model does. `artifact` is the version that replies contain.
         """
-        registered = _REGISTERED.match(self.source.uri)
-        info = self.ranker.info
+        registered, info = _REGISTERED.match(self.source.uri), self.ranker.info
         return {
             "model": registered[1] if registered else info.name,
             "version": registered[2] if registered else None,
@@ -189,7 +175,7 @@ class ServedModel:
 
 
 class ModelManager:
-    """Holder of the served model, which replaces it by newer ones.
+    """Holder of the served model, which can switch to newer models.
 
     Attributes:
         options: Options of the server.
@@ -212,7 +198,7 @@ class ModelManager:
         self.current = self.open(first) if isinstance(first, ResolvedModel) else first
 
     def switch_to(self, served: ServedModel) -> None:
-        """Serve an opened model, after it has ingested all new events and caught up with the previous model."""
+        """Serve an opened model, once it has ingested all events that the previous model has ingested."""
         previous, ingester = self.current.ingester, served.ingester
         if ingester is not None:
             ingester.catch_up()
@@ -251,10 +237,7 @@ _LOCKS = {type(lock()): lock for lock in (threading.Lock, threading.RLock)}
 
 
 class _Pickler(pickle.Pickler):
-    """Pickler that moves the content of tensors to separate (out-of-band) buffers, as numpy and Arrow do for arrays.
-
-    Locks can't be pickled, so each process that loads the pickle gets new ones.
-    """
+    """Pickler that puts tensors into separate buffers, as numpy does with arrays, and replaces locks by new ones."""
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) in _LOCKS:
@@ -272,7 +255,7 @@ def _make_tensor(content: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> 
 
 
 def write_shared(served: ServedModel, path: str) -> None:
-    """Write a model to a file for `map_shared`.
+    """Write a model to a file, for processes that share its arrays in memory (`map_shared`).
 
     Args:
         served: Model to write.
@@ -289,7 +272,7 @@ def write_shared(served: ServedModel, path: str) -> None:
 
 
 def map_shared(path: str) -> ServedModel:
-    """Map the model in a file of `write_shared`. Processes share each page of memory until one of them writes to it."""
+    """Map the model in a file of `write_shared`. Processes share all memory that none of them writes to."""
     with open(path, "rb") as file:
         sizes, end = pickle.load(file), file.tell()
         memory = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))

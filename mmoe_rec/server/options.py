@@ -25,7 +25,7 @@ class ServerOptions:
     """Options of a server.
 
     Attributes:
-        limits: Limits of calls, from the section `serving` of the settings.
+        limits: Limits of calls.
         setting_overrides: Settings that replace the settings of each served model.
         grace_seconds: Maximum seconds in which the server ends once its port is closed. Calls that take longer are
             dropped.
@@ -77,7 +77,7 @@ class HttpError(Exception):
         status: HTTP status.
         message: One sentence for the caller.
         reason: Reason under which the metrics count the call.
-        error_code: Error code as in MLflow's replies.
+        error_code: Error code that MLflow's server would reply with.
         retry_after: Seconds after which the same call may succeed. None if a retry is not worthwhile.
     """
 
@@ -108,10 +108,7 @@ class CallLimiter:
 
     @contextmanager
     def acquire(self) -> Iterator[None]:
-        """Count a call as active within the context. Raise HttpError if the limit is reached.
-
-        Enter the context before reading the call's body, because bodies take memory.
-        """
+        """Count a call as active within the context, including the read of its body. Raise HttpError at the limit."""
         if self.active >= self._limits.max_concurrent_calls:
             sentence = f"{self.active} {self._calls} are active, the limit of this server"
             hint = "(setting `serving.max_concurrent_calls`); try again"

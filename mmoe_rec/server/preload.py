@@ -1,4 +1,4 @@
-"""Imports of the fork server, so that forked workers share the memory of all packages."""
+"""Module that the fork server imports, so that forked workers share the memory of all packages."""
 
 import gc
 

@@ -1,12 +1,10 @@
 """Queue of calls for one thread that ranks. Calls that arrive while a batch is ranked form the next batch.
 
-There is only one ranking thread. Two batches at the same time would only slow each other, because torch computes with
-one thread here and Python's interpreter lock admits one thread at a time. If a batch of several calls fails, each call
-is ranked again on its own. A call therefore never fails because of another call.
+There is only one ranking thread. A second thread would not be faster, because torch computes with one thread here and
+Python's interpreter lock admits one thread at a time.
 
 A worker's model ingests all events of the journal, whichever worker accepted them. `JournalFollower` reads the journal
-in its own thread and prepares the model's next state. The model switches to this state between two batches, so a batch
-sees one state of all counters, histories and latest values.
+in its own thread and prepares the model's next state. The model switches to the next state only between two batches.
 """
 
 import asyncio
@@ -36,14 +34,13 @@ from mmoe_rec.server.server_metrics import Metrics
 
 Answers = list[Ranking | RequestError]
 MAX_BATCH_CANDIDATES = 4_096
-"""Limit on the candidates in a batch of several calls. In larger batches, calls lose more time by waiting for each
-other than a common batch saves."""
+"""Limit on the candidates in a batch of several calls. In larger batches, calls wait for each other too long."""
 
 POLL_SECONDS = 0.05
 """Seconds between reads of the journal."""
 _REST_SECONDS = 0.3
-"""Seconds between two updates with new events, so that requests get the processor. An update with few rows takes nearly
-as long as one with many rows. If a caller waits for a position of the journal, the next update starts at once."""
+"""Seconds between two updates with new events, so that requests get the processor. Few updates with many rows take
+less time than many updates with few. If a caller waits for a position of the journal, the next update starts now."""
 _PAUSE_AFTER_FAILURE_SECONDS = 5.0
 _POSITION_POLL_SECONDS = 0.001  # Seconds between two checks whether the model has reached a caller's position.
 
@@ -83,7 +80,7 @@ class RankingQueue:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the current batch takes over 3 times the timeout of a call, so it will probably never finish."""
+        """Whether the current batch has run for over 3 times a call's timeout, so it will probably never finish."""
         since = self._busy_since
         return since is not None and monotonic() - since > 3 * self._limits.call_timeout_seconds
 
@@ -120,18 +117,14 @@ class RankingQueue:
             async with asyncio.timeout(self._limits.call_timeout_seconds):
                 return await call.answers
         except TimeoutError:
-            sentence = (
-                f"no answer within {self._limits.call_timeout_seconds:g} seconds (setting "
-                "`serving.call_timeout_seconds`)"
-            )
-            raise HttpError(504, sentence, RefusalReason.TOO_LONG, "DEADLINE_EXCEEDED") from None
+            limit = f"{self._limits.call_timeout_seconds:g} seconds (setting `serving.call_timeout_seconds`)"
+            raise HttpError(504, f"no answer within {limit}", RefusalReason.TOO_LONG, "DEADLINE_EXCEEDED") from None
 
     def _start_batch(self) -> None:
         """Rank the waiting calls as a batch, unless a batch is being ranked."""
         if self._busy_since is not None:
             return
-        calls: list[_Queued] = []
-        candidates = 0
+        calls, candidates = list[_Queued](), 0
         while self._queue and (not calls or candidates + self._queue[0].candidates <= MAX_BATCH_CANDIDATES):
             call = self._queue.popleft()
             if not call.answers.done():  # The future is done if the call timed out or its caller disconnected.
@@ -148,7 +141,7 @@ class RankingQueue:
 
         def work() -> None:
             with self._metrics.timed("score"):
-                answers = rank_batch(ranker, [call.requests for call in calls])
+                answers = _rank_batch(ranker, [call.requests for call in calls])
             with suppress(RuntimeError):  # If the event loop has ended, nobody waits for the answers.
                 loop.call_soon_threadsafe(self._end_batch, calls, answers)
 
@@ -167,26 +160,18 @@ class RankingQueue:
 
 
 def use_one_thread() -> None:
-    """Make torch compute with one thread in each thread that calls this. `mmoe_rec.inference.mlflow_model` says why."""
+    """Make torch compute with one thread in the calling thread. `mmoe_rec.inference.mlflow_model` gives the reason."""
     torch.set_num_threads(1)
 
 
-def rank_batch(ranker: Ranker, calls: Sequence[Sequence[Request | RequestError]]) -> list[Answers | HttpError]:
-    """Rank calls in one batch. If that fails, rank each call on its own.
-
-    Args:
-        ranker: Ranker of the current model.
-        calls: Requests of each call.
-
-    Returns:
-        The answers of each call, or the error of a call that failed.
-    """
+def _rank_batch(ranker: Ranker, calls: Sequence[Sequence[Request | RequestError]]) -> list[Answers | HttpError]:
+    """Rank calls in one batch. If that fails, rank each call on its own, so that no call fails because of another."""
     try:
         answers = iter(ranker.rank_many([request for call in calls for request in call]))
         return [list(islice(answers, len(call))) for call in calls]
     except Exception as error:
         if len(calls) > 1:
-            return [rank_batch(ranker, [call])[0] for call in calls]
+            return [_rank_batch(ranker, [call])[0] for call in calls]
         _log.exception("the model failed")
         # MLflow's server returns the text of a RuntimeError. Other errors may reveal details of this machine.
         sentence = "the model failed; the server's log has the reason"
@@ -222,15 +207,15 @@ class JournalFollower:
 
     @property
     def ingester(self) -> EventIngester:
-        """The current model's updates from the journal."""
+        """The current model's `EventIngester`."""
         ingester = self._models.current.ingester
         assert ingester is not None, "there is a journal"
         return ingester
 
     async def wait_for_position(self, text: str) -> None:
-        """Wait until the current model includes the journal up to a position.
+        """Wait until the current model includes the journal up to a position. Raise HttpError for an invalid position.
 
-        Raises HttpError if the text isn't a position, or after a timeout.
+        Also raises HttpError after `call_timeout_seconds`.
         """
         until = time.monotonic() + self._limits.call_timeout_seconds
         try:
@@ -240,10 +225,7 @@ class JournalFollower:
         await self._wait_until(position, until)
 
     async def wait_for_end(self) -> None:
-        """Wait until the current model includes all events that are now in the journal.
-
-        Raises HttpError after a timeout.
-        """
+        """Wait until the model includes all events that are now in the journal. Raise HttpError after a timeout."""
         until = time.monotonic() + self._limits.call_timeout_seconds
         read_position = self.ingester.journal.last_position
         await self._wait_until(await asyncio.get_running_loop().run_in_executor(None, read_position), until)
@@ -267,8 +249,7 @@ class JournalFollower:
             self.failure = None
         except Exception as error:  # After any error, the model keeps serving its last state, and replies warn of it.
             if (failure := error_message(error)) != self.failure:
-                is_bug = not isinstance(error, UserError)
-                _log.error("the model can't ingest more events: %s", failure, exc_info=is_bug)
+                _log.error("the model can't ingest more events: %s", failure, exc_info=not isinstance(error, UserError))
             self.failure, rest = failure, _PAUSE_AFTER_FAILURE_SECONDS
         live = self.ingester.ranker.pipeline.live  # Includes the rows that were ingested before serving began.
         self._metrics.live_rows.set(live.rows)
@@ -288,10 +269,7 @@ class JournalFollower:
 
 
 def _follow(follower: "weakref.ref[JournalFollower]", wake: threading.Event) -> None:
-    """Poll until the follower is freed. Setting `wake` ends the pause between two polls.
-
-    Only a weak reference is kept between polls, because a strong reference would keep the follower alive forever.
-    """
+    """Poll until the follower is freed, which a strong reference would prevent. Setting `wake` ends a pause."""
     while (alive := follower()) is not None:
         rest = alive.poll()
         del alive

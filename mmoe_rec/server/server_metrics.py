@@ -16,6 +16,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 METRICS_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_MODEL_LABELS = ("model", "version", "run_id", "tables_as_of")
+_CALLS = (1, 2, 4, 8, 16, 32, 64)
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
@@ -40,32 +42,24 @@ class Metrics:
         self.replies = counter("replies", "Replies to /invocations by status", ["status"])
         self.elements = counter("elements", "Elements of calls that were parsed")
         self.candidates = counter("candidates", "Candidates of calls that were parsed")
-        self.unknown_ids = counter(
-            "unknown_ids", "IDs of ranked elements that the model's features have never seen, by role", ["role"]
-        )
+        unseen = "IDs of ranked elements that the model's features have never seen, by role"
+        self.unknown_ids = counter("unknown_ids", unseen, ["role"])
         self.errors = counter("errors", "Invalid or failed calls by kind: body, element, model", ["kind"])
         self.refusals = counter("refusals", "Calls refused for their cost or for missing rights, by reason", ["reason"])
         self.reloads = counter("reloads", "Attempts to load a newer model by outcome", ["outcome"])
         self.events = counter("events", "Accepted rows of events by log", ["log"])
         self.events_refused = counter("events_refused", "Refused calls of /events by reason", ["reason"])
-        self.events_ingested = counter(
-            "events_ingested", "Rows of events that each worker has ingested, by outcome", ["outcome"]
-        )
-        self.event_visible_seconds = histogram(
-            "event_visible_seconds", "Time from the acceptance of a batch of events until a worker's replies include it"
-        )
+        ingested = "Rows of events that each worker has ingested, by outcome"
+        self.events_ingested = counter("events_ingested", ingested, ["outcome"])
+        visible = "Time from the acceptance of a batch of events until a worker's replies include it"
+        self.event_visible_seconds = histogram("event_visible_seconds", visible)
         self.live_rows = gauge("live_rows", "Rows of events that a worker's model has beside its tables now")
-        self.logged_replies = counter(
-            "request_log", "Replies by outcome in the request log: written, unsampled, dropped, failed", ["outcome"]
-        )
-        self.calls_per_batch = histogram(
-            "calls_per_batch", "Calls ranked in one batch", buckets=(1, 2, 4, 8, 16, 32, 64)
-        )
+        logged = "Replies by outcome in the request log: written, unsampled, dropped, failed"
+        self.logged_replies = counter("request_log", logged, ["outcome"])
+        self.calls_per_batch = histogram("calls_per_batch", "Calls ranked in one batch", buckets=_CALLS)
         self.calls = gauge("calls", "Calls being read, waiting or scored now")
         self.waiting = gauge("waiting", "Calls waiting for a batch now")
-        self._model = gauge(
-            "model_info", "Workers that serve this model", ["model", "version", "run_id", "tables_as_of"]
-        )
+        self._model = gauge("model_info", "Workers that serve this model", _MODEL_LABELS)
         self._model_labels: tuple[str, ...] | None = None
 
     @contextmanager
@@ -81,7 +75,7 @@ class Metrics:
         """Report the model that this worker serves from now on."""
         if self._model_labels is not None:
             self._model.labels(*self._model_labels).set(0)
-        self._model_labels = tuple(model[name] or "" for name in ("model", "version", "run_id", "tables_as_of"))
+        self._model_labels = tuple(model[name] or "" for name in _MODEL_LABELS)
         self._model.labels(*self._model_labels).set(1)
 
     def text(self) -> bytes:

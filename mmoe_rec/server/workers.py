@@ -3,20 +3,9 @@
 On Linux, multiprocessing's fork server imports torch and the other packages once. It then forks all other processes,
 which share the memory of the packages. Other systems spawn new processes.
 
-For each model, a loader process reads and checks the artifact, writes the model to shared memory
-(`mmoe_rec.server.models`) and ends. Workers map that memory. The parent checks for a new model. While a loader loads
-it, workers serve the old model. The parent then tells them to switch.
-
-Messages from the parent to a worker, through the worker's pipe:
-
-    WorkerState     the state that the worker should have, sent whenever it changes
-    ReloadResult    the reply to RELOAD
-    STOP            finish the accepted calls and end
-
-Messages from a worker to the parent:
-
-    RELOAD          a caller asks for a check for a new model
-    DEPLOYED        the worker now serves the model of its state
+For each model, a loader process writes the model to shared memory (`mmoe_rec.server.models`) and ends. Workers map that
+memory. They serve the old model while a loader loads a new one. The parent and each worker exchange messages through a
+pipe: `WorkerMessage`, `WorkerState` and `ReloadResult`.
 """
 
 import asyncio
@@ -50,7 +39,7 @@ from mmoe_rec.server.server_metrics import METRICS_FOLDER_VARIABLE, Metrics
 TICK_SECONDS = 0.2
 _LOAD_SECONDS, _SWITCH_SECONDS = 600.0, 30.0  # A process that takes longer to load or switch a model is killed.
 _PAUSE_SECONDS = 2.0  # Pause between two starts of a worker, so that repeated failures don't use the whole machine.
-_MAX_FOLDER_CHARACTERS = 85  # A Unix socket's path has at most 107 characters. The file name takes 18 of them.
+_MAX_FOLDER_CHARACTERS = 85  # A Unix socket's path has at most 107 characters, and the file name takes 18 of them.
 # Fractions of the grace period after which unfinished calls are dropped, and workers that are still alive are killed.
 _CALLS_FRACTION, _WORKERS_FRACTION = 0.8, 0.9
 
@@ -58,7 +47,13 @@ _log = logging.getLogger(__name__)
 
 
 class WorkerMessage(StrEnum):
-    """Message without data between a worker and its parent."""
+    """Message without data between a worker and its parent.
+
+    Attributes:
+        RELOAD: From a worker: check for a new model now, because a caller asks for it.
+        DEPLOYED: From a worker: the worker now serves the model of the state that it received last.
+        STOP: From the parent: finish the accepted calls and end.
+    """
 
     RELOAD = "reload"
     DEPLOYED = "deployed"
@@ -87,14 +82,13 @@ class ModelFinder(Protocol):
     """Finds the model at the server's URI."""
 
     def fingerprint(self) -> str | None:
-        """Return a value that changes whenever the URI names another model, without fetching the model.
+        """Return a value that changes whenever the URI names another model. Raise UserError if the URI can't be read.
 
-        Returns None if a change can't be noticed without fetching the model. Raises UserError if the URI can't be
-        looked up.
+        The model isn't fetched. None means that only fetching the model would show a change.
         """
 
     def find(self) -> ResolvedModel:
-        """Return the model that the URI names now. Raises UserError if there is none or it can't be fetched."""
+        """Fetch the model that the URI names now. Raise UserError if there is none or the fetch fails."""
 
 
 ReloadCallback = Callable[[str | None], object]
@@ -105,7 +99,7 @@ class Reloader:
     """Checks whether the server's URI names a new model, and deploys it. Only one attempt runs at a time."""
 
     def __init__(self, finder: ModelFinder, fingerprint: str | None, deploy: Callable[[ResolvedModel], None]) -> None:
-        """Remember the served model. Attempts begin with `run`.
+        """Remember the served model. `run` starts the checks.
 
         Args:
             finder: Finds models.
@@ -118,7 +112,7 @@ class Reloader:
         self._callbacks, self._wake = list[ReloadCallback](), threading.Event()
 
     def request_reload(self, callback: ReloadCallback) -> None:
-        """Request an attempt to deploy a new model. Requests that arrive before the attempt begins share it."""
+        """Request a check for a new model. Requests that arrive before the next check begins share this check."""
         self._callbacks.append(callback)
         self._wake.set()
 
@@ -170,7 +164,7 @@ def serve_by_workers(
 
     Args:
         source: Model to serve first.
-        fingerprint: Fingerprint of this model, which the finder returned before it found the model.
+        fingerprint: Fingerprint of the first model, which the finder returned before it found the model.
         finder: Finds new models.
         bound: Bound socket to listen on.
         options: Options of the server.
@@ -189,9 +183,9 @@ def serve_by_workers(
             if len(sockets) > _MAX_FOLDER_CHARACTERS:
                 sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="mmoe-rec-", dir="/tmp"))
         except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"the temporary folder can't be written to ({reason}): set TMPDIR") from None
-        # Packages read these variables when they are imported. A fork copies only one thread, so OpenBLAS must use one.
+            problem = f"the temporary folder can't be written to ({error.strerror or error})"
+            raise UserError(f"{problem}: set TMPDIR") from None
+        # Packages read these variables at import. A fork copies only one thread, so OpenBLAS must not start others.
         os.environ.update({METRICS_FOLDER_VARIABLE: folder, "OPENBLAS_NUM_THREADS": "1"})
         # Put the fork server's socket into a folder that is removed at the end. multiprocessing has no public setting
         # for this folder.
@@ -201,10 +195,7 @@ def serve_by_workers(
 
 
 class _SharedFile:
-    """File for a model: in memory on Linux, a temporary file elsewhere.
-
-    The file disappears once it is closed and no process maps it.
-    """
+    """File for a model, which disappears once it is closed and no process maps it. On Linux, it is in memory."""
 
     def __init__(self) -> None:
         if sys.platform == "linux":
@@ -235,24 +226,18 @@ class WorkerState:
 
 @dataclass(eq=False)
 class _Worker:
-    """A worker, as the parent sees it.
-
-    Attributes:
-        process: Process of the worker.
-        pipe: Pipe to the worker.
-        since: Time at which the worker was started, in seconds of `time.monotonic`.
-        is_deployed: Event that is set while the worker serves the newest loaded model.
-    """
+    """A worker, as the parent sees it. `is_deployed` is set while the worker serves the newest loaded model."""
 
     process: BaseProcess
     pipe: Connection
-    since: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=time.monotonic)  # Time of the start.
     is_deployed: threading.Event = field(default_factory=threading.Event)
 
-    def send(self, message: Any) -> None:
-        """Send a message, unless the worker has ended."""
-        with suppress(OSError):
-            self.pipe.send(message)
+
+def _send(pipe: Connection, message: Any) -> None:
+    """Send a message, unless the process at the other end of the pipe has ended."""
+    with suppress(OSError):
+        pipe.send(message)
 
 
 class _Parent:
@@ -263,7 +248,7 @@ class _Parent:
         self._context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
         self._context.set_forkserver_preload(["mmoe_rec.server.preload"])
         self._workers = dict[int, _Worker]()
-        self._starts = dict.fromkeys(range(workers), 0.0)  # Worker number -> time to start it.
+        self._starts = dict.fromkeys(range(workers), 0.0)  # Number of a missing worker -> time to start it.
         self._metrics = Metrics("parent")
         self._lock = threading.Lock()  # Protects the workers and the state.
         self._stopping = threading.Event()
@@ -318,7 +303,7 @@ class _Parent:
         parent_end, worker_end = self._context.Pipe()
         with self._lock:
             arguments = (self._state, self._bound, self._options, number, worker_end)
-            process = self._context.Process(target=run_worker, args=arguments)
+            process = self._context.Process(target=_work, args=arguments)
             process.start()
             self._workers[number] = _Worker(process, parent_end)
         worker_end.close()
@@ -336,16 +321,12 @@ class _Parent:
 
     def _reply(self, worker: _Worker, failure: str | None) -> None:
         with self._lock:
-            worker.send(ReloadResult(failure))
+            _send(worker.pipe, ReloadResult(failure))
 
     def _load(self, source: ResolvedModel) -> _SharedFile:
-        """Write a model to shared memory in a loader process. End the loader if the server ends.
-
-        Raises:
-            UserError: The model can't be loaded.
-        """
+        """Write a model to shared memory in a loader process. Raise UserError if the model can't be loaded."""
         model, (parent_end, loader_end) = _SharedFile(), self._context.Pipe(duplex=False)
-        loader = self._context.Process(target=run_loader, args=(source, self._options, model.path, loader_end))
+        loader = self._context.Process(target=_run_loader, args=(source, self._options, model.path, loader_end))
         loader.start()
         loader_end.close()
         until, error = time.monotonic() + _LOAD_SECONDS, UserError(f"'{source.uri}' took too long to load")
@@ -380,9 +361,8 @@ class _Parent:
         until = time.monotonic() + _SWITCH_SECONDS
         for worker in workers:
             if not worker.is_deployed.wait(max(until - time.monotonic(), 0.0)):
-                _log.warning(
-                    "worker %s doesn't switch to the new model in time, so the server kills it", worker.process.pid
-                )
+                problem = "doesn't switch to the new model in time"
+                _log.warning("worker %s %s, so the server kills it", worker.process.pid, problem)
                 worker.process.kill()
         previous.close()
         self._metrics.reloads.labels(ReloadOutcome.DONE).inc()
@@ -391,20 +371,18 @@ class _Parent:
     def _update_state(self, **changes: Any) -> list[_Worker]:
         """Change fields of the workers' state, send the new state to all workers, and return the workers."""
         with self._lock:
-            state = replace(self._state, **changes)
-            is_new = state.path != self._state.path
-            self._state = state
+            self._state = replace(self._state, **changes)
             for worker in self._workers.values():
-                if is_new:
+                if "path" in changes:
                     worker.is_deployed.clear()
-                worker.send(state)
+                _send(worker.pipe, self._state)
             return list(self._workers.values())
 
     def _end(self) -> int:
         """Let all workers finish their accepted calls, and return the exit code."""
         with self._lock:
             for worker in self._workers.values():
-                worker.send(WorkerMessage.STOP)
+                _send(worker.pipe, WorkerMessage.STOP)
         self._bound.close()
         until = time.monotonic() + _WORKERS_FRACTION * self._options.grace_seconds
         processes = [worker.process for worker in self._workers.values()]
@@ -423,15 +401,8 @@ def _describe_end(process: BaseProcess) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
-def run_loader(source: ResolvedModel, options: ServerOptions, path: str, pipe: Connection) -> None:
-    """Load a model, write it to shared memory and end the process.
-
-    Args:
-        source: Model to load.
-        options: Options of the server.
-        path: File for the model.
-        pipe: Pipe to the parent. It receives None, or a UserError if the model can't be loaded.
-    """
+def _run_loader(source: ResolvedModel, options: ServerOptions, path: str, pipe: Connection) -> None:
+    """Load a model, write it to the file `path`, and end the process. The parent gets None or a UserError by `pipe`."""
     from mmoe_rec.server.models import ModelManager, write_shared
 
     ignore_stop_signals()
@@ -446,7 +417,7 @@ def run_loader(source: ResolvedModel, options: ServerOptions, path: str, pipe: C
 
 
 def ignore_stop_signals() -> None:
-    """Ignore stop signals. They may reach all processes of a service, but only the parent reacts and tells workers."""
+    """Ignore stop signals. A service manager may send them to all processes, but the parent alone stops its workers."""
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, signal.SIG_IGN)
 
@@ -458,21 +429,12 @@ def _end_with_parent() -> None:
     end_process(1)
 
 
-def run_worker(state: WorkerState, bound: socket.socket, options: ServerOptions, number: int, pipe: Connection) -> None:
-    """Serve until the parent sends STOP or ends.
-
-    Args:
-        state: Initial state.
-        bound: Bound socket to listen on.
-        options: Options of the server.
-        number: Number of this worker. A later worker with this number continues its metric files.
-        pipe: Pipe to the parent.
-    """
+def _work(state: WorkerState, bound: socket.socket, options: ServerOptions, number: int, pipe: Connection) -> None:
+    """Serve until the parent sends STOP or ends. A later worker with this `number` continues the metric files."""
     ignore_stop_signals()
     log_to_stderr()
     worker = _Serving(state, options, number, pipe)
-    handle_message = worker.handle_message
-    worker.server.serve_on(bound, lambda: asyncio.get_running_loop().add_reader(pipe.fileno(), handle_message))
+    worker.server.serve_on(bound, lambda: asyncio.get_running_loop().add_reader(pipe, worker.handle_message))
     worker.app.close()
     if worker.is_orphan:  # The parent was killed before it could remove the folder.
         shutil.rmtree(os.environ[METRICS_FOLDER_VARIABLE], ignore_errors=True)
@@ -510,7 +472,7 @@ class _Serving:
         """Ask the parent to reload the model and wait for the result. Raise UserError if it fails."""
         done = asyncio.get_running_loop().create_future()
         self._reloads.append(done)
-        self._send(WorkerMessage.RELOAD)
+        _send(self._pipe, WorkerMessage.RELOAD)
         if (failure := await done) is not None:
             raise UserError(failure)
 
@@ -521,7 +483,7 @@ class _Serving:
         except (EOFError, OSError):
             _log.warning("this worker ends because its parent has ended")
             self.is_orphan = True
-            asyncio.get_running_loop().remove_reader(self._pipe.fileno())
+            asyncio.get_running_loop().remove_reader(self._pipe)
             message = WorkerMessage.STOP
         if isinstance(message, WorkerState):
             self._apply_state(message)
@@ -532,24 +494,20 @@ class _Serving:
             self.server.should_exit = True
 
     def _apply_state(self, state: WorkerState) -> None:
-        """Apply a state from the parent. If it has a new model, another thread opens the model."""
+        """Apply a state from the parent. If the state has a new model, another thread opens the model."""
         self._models.reload_failure, self.app.invocations.is_draining = state.reload_failure, state.is_draining
         if state.path != self._path:
             self._path = state.path
             self._thread.submit(self._switch_model, state.path)
 
     def _switch_model(self, path: str) -> None:
-        """Switch to another model. If that fails, the worker ends, and its replacement starts with the new model."""
+        """Switch to another model. If that fails, the worker ends, and a new worker starts with the other model."""
         try:
             served = self._open(path)
             self._models.switch_to(served)
             self._metrics.set_model(served.describe())
             gc.collect()  # Free the previous model at once.
-            self._send(WorkerMessage.DEPLOYED)
+            _send(self._pipe, WorkerMessage.DEPLOYED)
         except Exception:
             _log.exception("this worker can't switch to the new model and ends")
             self.server.should_exit = True
-
-    def _send(self, message: WorkerMessage) -> None:
-        with suppress(OSError):
-            self._pipe.send(message)

@@ -63,7 +63,7 @@ SUMS = {**BY_USER, "sources": {**BY_USER["sources"], "clicked": {**BY_USER["sour
             "has no column 'user'. Its columns are: amount, at, event_id, item, page",
         ),
         ("events/impressions", _drop("slot"), BY_REQUEST, "has no column 'slot'"),
-        (None, None, WITHOUT_RANK, "Set labels.shown to an event log with that column. If it is the"),
+        (None, None, WITHOUT_RANK, "Set labels.shown to an event log with that column. If the column is the"),
         ("events/clicks", _cast("page", pa.string()), BY_REQUEST, "column 'page' of events 'clicks' contains string"),
         ("requests", _drop("price"), BY_REQUEST, "has no column 'price'"),
         (None, None, SUMS, "but the label of the binary task 'click' is 0 or 1"),

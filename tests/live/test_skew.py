@@ -142,10 +142,9 @@ def test_a_server_that_is_right_is_equal_in_all_values(world: World, tmp_path: P
     assert (len(live.logged) > len(period.times)) == (most == 2)
     compared = {value["name"]: value["compared"] for value in report["values"]}
     assert set(compared.values()) == {len(period.rows)} == {report["logged_rows"]}
-    placement = {
-        name for name in world.small.settings.features if world.small.settings.schema_.role_of(name) == "placement"
-    }
-    assert compared.keys() == (world.small.settings.features.keys() - placement) | {*PREDICTED, "candidates"}
+    features, schema = world.small.settings.features, world.small.settings.schema_
+    available = {name for name in features if schema.role_of(name) != "placement"}
+    assert compared.keys() == available | {*PREDICTED, "candidates"}
     assert len(period.rows) > len(period.times) > 20
 
 
@@ -186,7 +185,7 @@ def test_ctrl_c_leaves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) ->
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "read_request_log", stop)
+    monkeypatch.setattr(job, "_read_request_log", stop)
     with pytest.raises(KeyboardInterrupt):
         world.check(Path("requests"))
     assert not (Path(world.small.settings.data.work_dir) / "skew").exists()
@@ -227,9 +226,8 @@ def test_rows_are_compared_or_counted_with_a_reason(
     pq.write_table(table, file)
     given = settings, FROM, SHORT, str(world.frozen), file.parent
     count = len(table)
-    with pytest.raises(
-        UserError, match=f"none of {count} logged rows .* \\({count} answered by other versions of the m"
-    ):
+    problem = f"none of {count} logged rows .* \\({count} answered by other versions of the m"
+    with pytest.raises(UserError, match=problem):
         check_skew(settings, FROM, SHORT, str(world.small.folder), file.parent)
     mine = pa.array([artifact_version(world.frozen)] * (count - 3) + ["another"] * 3)
     several = np.flatnonzero(table["served_candidates"].to_numpy() > 1)
@@ -301,6 +299,7 @@ PLANTS: dict[str, Callable[[pa.Table, np.ndarray], pa.Table]] = {
     "the user of a row": lambda table, rows: with_user(table, rows[1:2]),
     "no first row": lambda table, rows: without(table, rows[0]),
     "no last row": lambda table, rows: without(table, rows[-1]),
+    "a row of another reply": lambda table, rows: changed(table, "served_at", lambda times: times + 1, rows[:1]),
     "a whole reply": lambda table, rows: table.take(pa.array(np.delete(np.arange(len(table)), rows))),
     "top_k": lambda table, rows: cut(table),
     "top_k and no row": lambda table, rows: cut(without(table, rows[-1])),
@@ -320,6 +319,7 @@ PLANTS: dict[str, Callable[[pa.Table, np.ndarray], pa.Table]] = {
         ("ids", "the user of a row", {"user": 1}, 0),
         ("ids", "no first row", {"candidates": 1}, 0),
         ("ids", "no last row", {"candidates": 1}, 0),
+        ("ids", "a row of another reply", {"candidates": 1}, 0),
         ("ids", "a whole reply", {}, 0),  # `rows_with_reply` says so: the server may not have logged it
         ("ids", "top_k", {}, 0),
         ("ids", "top_k and no row", {"candidates": 1}, 0),

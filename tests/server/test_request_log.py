@@ -74,7 +74,7 @@ def test_a_row_holds_what_was_asked_seen_and_replied(small: SmallModel, tmp_path
 def test_digests_are_those_of_the_same_rows_encoded_offline(small: SmallModel, tmp_path: Path) -> None:
     table, _ = small.later_rows()
     with logging_app(small.folder, RequestLogOptions(tmp_path, fraction=1.0)) as app:
-        ask(app, {"inputs": [element(), as_request(table)]})
+        ask(app, {"inputs": [element(), as_request(table), element(user={"user": USER + 1})]})
     rows = logged(tmp_path)
     pipeline = FeaturePipeline.load(small.folder / "features")
     encoded, layout = pipeline.encode(LogRows(rows, pipeline.schema)), pipeline.layout
