@@ -1,4 +1,4 @@
-"""Baselines of a model: popularity, and gradient-boosted trees on the same rows and features."""
+"""Baselines to compare a model with: popularity, and gradient-boosted trees on the same rows and features."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,10 +40,10 @@ def measure_baselines(
         settings: Settings of the features.
         out: Folder for the report.
         evaluated: Results of a model on the same rows, to compare with. None compares only the baselines.
-        name: Name of this model in the report.
+        name: Name of the model in the report.
 
     Returns:
-        The results of the baselines, and of the model if there is one.
+        The results of the baselines and of the model.
 
     Raises:
         UserError: A split has no rows, or a task has too few labels.
@@ -66,9 +66,9 @@ def measure_baselines(
 
 
 def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, PredictedRows], dict[str, str]]:
-    """Predict the test rows with each baseline. Return the predictions by baseline, and facts about the chosen trees.
+    """Predict the test rows with each baseline. Return the predictions by baseline, and texts about the chosen trees.
 
-    Popularity needs a column of candidates, and is left out without one.
+    Without a column of candidates, there is no popularity baseline.
     """
     layout = ModelLayout.of(prepared.layout, settings)
     train_rows, held_out = read_tree_inputs(settings, prepared, layout)
@@ -94,14 +94,13 @@ def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, Pre
 
 
 def read_tree_inputs(settings: Settings, prepared: FeatureFolder, layout: Layout) -> tuple[TreeInputs, TreeInputs]:
-    """Read the inputs of trees: the last training rows and the last selection rows.
+    """Read the inputs of trees: the last training rows and the last selection rows (one half of the validation users).
 
-    Selection rows are the rows of one half of the validation users. The other half are the evaluation rows.
     `TreeInputs.read` limits the number of rows.
 
     Args:
         settings: Settings of the features.
-        prepared: Features.
+        prepared: Folder of the features.
         layout: Layout of the inputs.
     """
     weighted = settings.training.sampling_correction == "weights"
@@ -119,7 +118,7 @@ def read_tree_inputs(settings: Settings, prepared: FeatureFolder, layout: Layout
 def fit_trees_per_task(
     settings: Settings, layout: Layout, train_rows: TreeInputs, held_out: TreeInputs
 ) -> tuple[list[Predictor], dict[str, str]]:
-    """Fit the trees of all tasks, and print for each task which trees have the lowest loss on the selection rows.
+    """Fit trees for each task, choose by the loss on the selection rows, and print the choices.
 
     Args:
         settings: Settings of the training.
@@ -128,7 +127,7 @@ def fit_trees_per_task(
         held_out: Selection rows.
 
     Returns:
-        A predictor for each task, and facts about the trees for the report.
+        A predictor for each task, and a text about each task's trees for the report.
 
     Raises:
         UserError: A task has too few labels.
@@ -149,17 +148,14 @@ def fit_trees_per_task(
 def predict_calibrated(
     settings: Settings, layout: Layout, trees: Sequence[Predictor], held_out: TreeInputs, rows: EncodedDataset
 ) -> np.ndarray:
-    """Predict encoded rows with the trees of all T tasks, calibrated on the selection rows.
+    """Return calibrated predictions of the trees of T tasks for N rows, shape (N, T).
 
     Args:
         settings: Settings of the training.
         layout: Layout with the tasks.
         trees: A predictor for each task.
-        held_out: Selection rows.
-        rows: N encoded rows to predict.
-
-    Returns:
-        Predictions, shape (N, T).
+        held_out: Selection rows, to fit the calibration on.
+        rows: The N rows to predict.
     """
 
     def predict(part: TreeInputs) -> np.ndarray:
@@ -172,10 +168,9 @@ def predict_calibrated(
 def _calibrate(
     settings: Settings, layout: Layout, held_out: TreeInputs, held_out_values: np.ndarray, values: np.ndarray
 ) -> np.ndarray:
-    """Calibrate predictions of M rows for T tasks by the same method as a model's.
+    """Calibrate the predictions `values`, shape (rows, tasks), by the method that calibrates models.
 
-    The calibration is fitted on `held_out_values`, the predictions of the N selection rows, shape (N, T). It is applied
-    to `values`, shape (M, T).
+    The calibration is fitted on `held_out_values`, the predictions for the selection rows.
     """
     if settings.training.calibration == "none":
         return values

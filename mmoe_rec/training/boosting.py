@@ -1,7 +1,7 @@
 """Gradient-boosted trees (LightGBM).
 
-The loss on held-out rows chooses the inputs of the trees, their size and their number. Training uses the selection rows
-for this (one half of the validation users).
+The loss on held-out rows chooses the inputs of the trees, the number of leaves of each tree, and the number of trees.
+The held-out rows are the selection rows (one half of the validation users).
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 CHUNK_ROWS = 65_536
 MAX_ROWS, MAX_VALUES = 2_000_000, 200_000_000
-"""Maximum numbers of rows and of input values in memory, for training and for validation each. If there are more, the
-last rows are used."""
+"""Maximum numbers of training rows and of their input values in memory. The same limits hold for validation rows. If
+there are more rows, the last ones are used."""
 MAX_TREES, EARLY_STOPPING_ROUNDS, DEFAULT_TREES = 1000, 30, 100
-"""Maximum number of trees, the number of trees in a row that may bring no lower validation loss before growing stops,
-and the number of trees if there are no validation rows."""
+"""Maximum number of trees, number of successive trees without a lower validation loss that ends training, and number of
+trees without validation rows."""
 SMALL_DATA_ROWS = 500_000
-"""Up to this number of training rows, the learning rate is half as high, and all numbers of leaves in `LEAF_COUNTS` are
-tried. With more rows, both take long and gain little."""
+"""Up to this number of training rows, the learning rate is halved and all numbers in `LEAF_COUNTS` are tried. With more
+rows, this takes long and gains little."""
 MAX_CATEGORIES = 300
-"""Features with at most this number of IDs are categories for LightGBM. IDs of other features are numbers for it."""
+"""LightGBM treats a feature with at most this number of IDs as categorical, and other IDs as numbers."""
 MIN_COLUMNS_PER_TREE = 8
-"""Minimum number of columns of a tree, if there are enough columns."""
+"""Minimum number of input columns that a tree reads, if there are enough columns."""
 SMOOTHING_ROWS = 20.0
-"""Number of rows that the overall mean counts as in the smoothed mean label of a candidate or an ID."""
+"""Weight of the overall mean label, in rows, in the smoothed mean label of a candidate or ID."""
 TARGET_ENCODING_FOLDS = 5
 LEAF_COUNTS = (31, 63, 127)
 """Numbers of leaves of a tree to choose from. The first is the default."""
@@ -48,14 +48,6 @@ Predictor = Callable[["TreeInputs"], np.ndarray]
 """Function from rows to predictions, shape (N,), float64."""
 InputView = Callable[["TreeInputs"], np.ndarray]
 """Function from N rows to the F inputs of trees, shape (N, F)."""
-
-
-def _fit(kind: TaskKind, train: TreeInputs, held_out: TreeInputs | None, leaves: int, seed: int) -> tuple[Booster, int]:
-    """Grow trees. Return them, and how many of them (from the first one) to use in predictions."""
-    learning_rate = 0.05 if len(train.labels) <= SMALL_DATA_ROWS else 0.1
-    max_trees = DEFAULT_TREES if held_out is None else MAX_TREES
-    booster = train_lightgbm(kind, train, held_out, leaves, seed, learning_rate, max_trees)
-    return booster, booster.best_iteration or max_trees
 
 
 def train_lightgbm(
@@ -69,16 +61,16 @@ def train_lightgbm(
 ) -> Booster:
     """Grow trees with LightGBM. `best_iteration` is the number of trees with the lowest loss on the held-out rows.
 
-    Each tree reads a random two fifths of the columns. In comparison with a random half of the columns at each split,
-    the loss is lower and training takes half the time. LightGBM stores labels in float32, which loses small differences
-    if the mean is large. Labels of a regression should therefore have a mean of about 0.
+    Each tree reads a random two fifths of the columns. Reading a random half of the columns at each split instead gave
+    a higher loss and took twice the time.
 
     Args:
         kind: Kind of the task.
-        train: Training rows of the task.
+        train: Training rows of the task. The mean label of a regression should be about 0, because LightGBM stores
+            labels in float32, which loses small differences between large labels.
         held_out: Selection rows of the task, None to grow all trees.
         leaves: Maximum number of leaves of a tree.
-        seed: Seed of the columns of each tree.
+        seed: Seed of the random columns.
         learning_rate: Learning rate.
         max_trees: Maximum number of trees.
     """
@@ -95,7 +87,7 @@ def train_lightgbm(
         "cat_l2": 20,
         "seed": seed,
         "deterministic": True,
-        # Otherwise LightGBM times building histograms by columns and by rows, and the result depends on the faster one.
+        # By default, LightGBM times two ways of building histograms, and the trees depend on which one is faster.
         "force_col_wise": True,
         "verbosity": -1,
     }
@@ -111,19 +103,16 @@ def train_lightgbm(
 def fit_boosted_trees(
     kind: TaskKind, train: TreeInputs, validation: TreeInputs, seed: int = 0
 ) -> tuple[Predictor, str]:
-    """Grow trees on several views of the inputs (such as without IDs), and choose a view or the mean of the two best.
+    """Grow trees on several views of the inputs, such as all inputs without IDs, and keep the best.
 
-    The choice of the view, the size and the number of trees has the lowest validation loss. Without enough labels in
-    the validation rows, `DEFAULT_TREES` trees of the first view are used.
-
-    IDs of a feature with at most `MAX_CATEGORIES` IDs are categories. Other IDs are numbers in the order of their
-    frequency, because that is the order of the vocabulary.
+    The view, the number of leaves and the number of trees with the lowest validation loss are chosen, or the mean of
+    the two best views. Without enough labels in the validation rows, `DEFAULT_TREES` trees of the first view are used.
 
     Args:
         kind: Kind of the task.
         train: Training rows of the task, from `TreeInputs.select_task`.
         validation: Validation rows of the task.
-        seed: Seed of the columns of each tree.
+        seed: Seed of the random columns of each tree.
 
     Returns:
         The predictor, and a description of the choice.
@@ -140,7 +129,6 @@ def fit_boosted_trees(
     if not train.x.shape[1]:
         raise UserError("trees have no input, because all features have the role placement or are lists of IDs")
     mean, std = kind.label_mean_and_std(train.labels)
-    # LightGBM stores labels in float32, which loses small differences if the mean is large.
     train = replace(train, labels=(train.labels - mean) / std)
     choices, losses = dict[str, Predictor](), dict[str, float]()
 
@@ -151,22 +139,25 @@ def fit_boosted_trees(
     def show(view: InputView, predict: Callable[[np.ndarray], np.ndarray]) -> Predictor:
         return lambda rows: predict(view(rows)) * std + mean
 
-    sizes = LEAF_COUNTS[: None if held_out and len(train.labels) <= SMALL_DATA_ROWS else 1]
+    is_small = len(train.labels) <= SMALL_DATA_ROWS
+    learning_rate, max_trees = 0.05 if is_small else 0.1, DEFAULT_TREES if held_out is None else MAX_TREES
+    leaf_counts = LEAF_COUNTS[: None if held_out and is_small else 1]
     for view_name, x, view in _views(train):
         view_rows = replace(train, x=x, categories=train.categories if view_name == "with ids" else ())
         view_held_out = None
         if held_out is not None:
             view_held_out = replace(held_out, x=view(held_out), labels=(held_out.labels - mean) / std)
         candidates = []
-        for leaves in sizes:
-            booster, count = _fit(kind, view_rows, view_held_out, leaves, seed)
+        for leaves in leaf_counts:
+            booster = train_lightgbm(kind, view_rows, view_held_out, leaves, seed, learning_rate, max_trees)
+            count = booster.best_iteration or max_trees
             predictor, name = show(view, booster.predict), f"{count} trees of {leaves} leaves {view_name}"
             if held_out is None:  # Without validation rows, there is nothing to choose by.
                 return predictor, name
             candidates.append((measure_loss(predictor), leaves, name, predictor))
         loss, leaves, name, predictor = min(candidates, key=lambda candidate: candidate[0])
-        # To save time, only the first view of the inputs tries all sizes. The other views use its best size.
-        choices[name], losses[name], sizes = predictor, loss, (leaves,)
+        # To save time, only the first view of the inputs tries all numbers of leaves. Later views use its best number.
+        choices[name], losses[name], leaf_counts = predictor, loss, (leaves,)
     if len(losses) > 1:
         best_two = sorted(losses, key=losses.__getitem__)[:2]
         blend = f"the mean of {' and '.join(best_two)}"
@@ -180,12 +171,9 @@ def fit_boosted_trees(
 def _views(train: TreeInputs) -> Iterator[tuple[str, np.ndarray, InputView]]:
     """Yield views of the inputs: a name, the inputs of the training rows, and a function for the inputs of other rows.
 
-    The first view has no IDs, because trees overfit on features with many IDs if counters have the same information.
-    The second view has the IDs as numbers. The third view replaces each ID by its mean label (`fit_target_encoding`),
-    because the number of an ID says little where counters are missing.
-
-    For a training row, the mean label covers only requests of other folds. The labels of the row's own request would
-    reveal its label.
+    The first view has no IDs, because trees overfit on features with many IDs. The second view has the IDs as numbers.
+    The third view replaces each ID by its mean label (`fit_target_encoding`). For a training row, that mean excludes
+    the fold of the row's own request, whose labels would reveal the row's label.
     """
     if train.num_numeric:
         yield "without ids", train.x[:, : train.num_numeric], lambda rows: rows.x[:, : rows.num_numeric]
@@ -216,10 +204,9 @@ def _views(train: TreeInputs) -> Iterator[tuple[str, np.ndarray, InputView]]:
 def fit_target_encoding(
     candidates: pa.Array, labels: np.ndarray, weights: np.ndarray | None
 ) -> Callable[[pa.Array], np.ndarray]:
-    """Fit the smoothed mean label of each candidate.
+    """Fit the smoothed mean label of each candidate: (sum of labels + s x overall mean) / (rows + s).
 
-    The smoothed mean is (sum of labels + SMOOTHING_ROWS x overall mean) / (rows + SMOOTHING_ROWS). Weights are divided
-    by their mean, so that SMOOTHING_ROWS counts average rows. An unseen candidate has the overall mean.
+    s is `SMOOTHING_ROWS`. Weights are first divided by their mean. An unseen candidate gets the overall mean.
 
     Args:
         candidates: Candidates, shape (N,).
@@ -248,13 +235,14 @@ class TreeInputs:
     """Inputs of trees for N rows.
 
     Attributes:
-        x: Numbers, NaN if missing, then single IDs. Placement and lists of IDs are left out. Shape (N, F), float32.
-        num_numeric: Number of columns with numbers.
+        x: F inputs of each row, shape (N, F), float32: numeric features (NaN if missing), then features with one ID per
+            row. Placement features and lists of IDs are left out.
+        num_numeric: Number of columns with numeric features.
         labels: Labels of T tasks or of one task, NaN if unobserved. Shape (N, T) or (N,).
         weights: Weights of the rows, None for equal weights. Shape (N,).
-        folds: Fold of each row's request, one of `TARGET_ENCODING_FOLDS`. Shape (N,).
-        categories: Columns of `x` that are categories.
-        table: More columns.
+        folds: Fold of each row's request, below `TARGET_ENCODING_FOLDS`. Shape (N,).
+        categories: Columns of `x` that LightGBM treats as categorical.
+        table: Other columns of the log, such as the time.
     """
 
     x: np.ndarray
@@ -270,9 +258,9 @@ class TreeInputs:
         return self.table.column(name).combine_chunks()
 
     def select_task(self, index: int) -> TreeInputs:
-        """Return the rows with an observed label of a task.
+        """Return the rows with an observed label of a task, with weights divided by their mean.
 
-        Weights are divided by their mean, because LightGBM has fixed limits on sums of weights, for instance in a leaf.
+        LightGBM has fixed limits on sums of weights, for instance in a leaf.
         """
         observed = ~np.isnan(self.labels[:, index])
         weights, folds = (None if values is None else values[observed] for values in (self.weights, self.folds))
@@ -290,7 +278,7 @@ class TreeInputs:
         Args:
             rows: Encoded rows.
             layout: Layout of the inputs.
-            columns: More columns to read, into `table`.
+            columns: Columns of the log to read into `table`.
             skip_rows: Number of rows to skip at the start.
         """
         dense = [index for index, dense_input in enumerate(layout.dense) if not dense_input.placement]
@@ -298,7 +286,7 @@ class TreeInputs:
             first = min(skip_rows, len(part))
             skip_rows -= first
             if first == len(part):
-                continue  # All rows are skipped. An empty slice would keep the whole chunk in memory.
+                continue  # An empty slice would keep the whole chunk in memory.
             ids = [np.asarray(part.encoded.ids[name])[first:] for name in layout.single_ids()]
             x = np.column_stack([part.encoded.dense[first:, dense], *ids]).astype(np.float32)
             yield TreeInputs(
@@ -312,7 +300,7 @@ class TreeInputs:
         Args:
             rows: Encoded rows.
             layout: Layout of the inputs.
-            columns: More columns to read, into `table`.
+            columns: Columns of the log to read into `table`.
         """
         max_rows = min(MAX_ROWS, MAX_VALUES // max(1, len(layout.dense) + len(layout.ids)))
         skip_rows = max(0, rows.rows - max_rows)

@@ -1,12 +1,11 @@
 """Checkpoints: everything that a run needs to resume exactly, on any number of ranks.
 
     latest.json              number of the step to resume from
-    finished.json            result of a finished run, which is not resumed
-    step-00001200/           written by torch.distributed.checkpoint: the embedding tables, the dense part (all other
-                             weights), and the state of both optimizers
+    finished.json            result of a finished run, see `FinishedRun`
+    step-00001200/           weights and optimizer state, written by torch.distributed.checkpoint
         training.json        other state, see `TrainingState`
 
-Files and folders are written atomically: a killed run leaves no partial ones.
+A killed run leaves no partial file or folder under these names.
 """
 
 import json
@@ -42,11 +41,11 @@ class TrainingState:
 
     Attributes:
         step: Number of completed steps.
-        position: Position in the training rows after these steps.
+        position: Position in the training rows after `step`.
         history: Step and result of every validation.
         best_step: Step of the best validation, 0 before the first validation.
-        provenance: Settings and data that the run began with.
-        precision_choice: Precision of the run's matrix products. None if it isn't chosen yet.
+        provenance: Settings, features and starting model of the run.
+        precision_choice: Precision of the run's matmuls. None if it isn't chosen yet.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -69,11 +68,11 @@ class FinishedRun:
         best_step: Step of the best validation.
         rows_per_s: Training rows per second.
         data_wait_fraction: Fraction of the training time spent waiting for data.
-        promotion_messages: Sentences that compare the model with the previous champion and name the current one.
-        provenance: Settings and data that the run began with.
+        promotion_messages: Sentences that compare the model with the previous champion and name the current champion.
+        provenance: Settings, features and starting model of the run.
         start_validation: Validation of the network that the run started from. None if it started from random weights.
         network_validation: Validation of the network without trees. None if the model has no trees.
-        finished_earlier: Whether the run had finished before this command.
+        finished_earlier: Whether an earlier command finished the run.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -100,7 +99,7 @@ class FinishedRun:
         return _read(FinishedRun, file, artifact=work / "model", finished_earlier=True) if file.exists() else None
 
     def write(self) -> None:
-        """Write the result beside the run's checkpoints, so that the run is not repeated."""
+        """Write the result beside the run's checkpoints, where `read` finds it."""
         tree = {name: value for name, value in asdict(self).items() if name not in ("artifact", "finished_earlier")}
         with atomic_file(self.artifact.parent / "checkpoints" / _FINISHED) as file:
             _write(tree, file)
@@ -163,8 +162,8 @@ class CheckpointWriter:
     Args:
         folder: Folder of all checkpoints.
         keep_last: Number of latest checkpoints to keep. The best checkpoint is always kept.
-        before: Checkpoint that the run resumes from. None starts a new run. In this case, checkpoints of an earlier run
-            in the folder are deleted once the first new checkpoint is complete.
+        before: Checkpoint that the run resumes from. None starts a new run. Its first checkpoint replaces all
+            checkpoints of an earlier run.
     """
 
     def __init__(self, folder: Path, keep_last: int, before: Checkpoint | None = None) -> None:
@@ -218,9 +217,8 @@ class CheckpointWriter:
 
 
 def _reason(error: BaseException) -> str:
-    """Return a short reason for an error, or for the first failed rank's error: the operating system's, if any."""
-    failures = getattr(error, "failures", None)
-    if failures:
+    """Return a short reason for an error. For an error of several ranks, return the reason of the first failed rank."""
+    if failures := getattr(error, "failures", None):
         error = next(iter(failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -228,14 +226,12 @@ def _reason(error: BaseException) -> str:
 
 
 def restore(folder: Path, model: Any, optimizer: Any) -> None:
-    """Load a checkpoint of any number of ranks into a sharded model and its optimizers, in place.
-
-    All ranks must call this together.
+    """Load a checkpoint into a sharded model and its optimizers. All ranks must call this together.
 
     Args:
-        folder: Folder of the checkpoint.
+        folder: Folder of the checkpoint. Another number of ranks may have written it.
         model: The sharded model (`ShardedModel.model`).
-        optimizer: Its `Optimizers`. Call `Optimizers.init_state` before, so that their state exists.
+        optimizer: `Optimizers` of the model, after `Optimizers.init_state`.
     """
     tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
@@ -256,7 +252,7 @@ def load_unsharded(model: nn.Module, folder: Path) -> None:
     if not (folder / ".metadata").is_file():
         raise UserError(f"'{folder}' contains no complete checkpoint. Train again, or restore the folder.")
     expected = model.state_dict()
-    # Stored tables have padding columns, so read them with the padding and remove it afterward.
+    # Stored tables have padding columns. Read them with the padding, and remove the padding afterward.
     tables = {name: tensor.shape for name, tensor in expected.items() if name.startswith("tables.")}
     weights = expected | {name: torch.empty(rows, padded_dim(dim)) for name, (rows, dim) in tables.items()}
     with warnings.catch_warnings():

@@ -1,7 +1,6 @@
 """Combined report of all commands in one `data.work_dir`.
 
-Each report stores which features, model and settings it was made with. The report is stale if one of them has changed
-since then.
+A report is stale if the features, the model or the settings have changed since it was made.
 """
 
 import json
@@ -32,17 +31,17 @@ REPORT_FOLDERS = {
     "comparison": ("Comparison of variants", "compare"),
     "tuning": ("Search for settings", "tune --minutes 30"),
 }
-"""Folder of a report in `data.work_dir` -> its title and the command that makes it. If a report is missing, the
-combined report suggests the command, unless it is empty."""
+"""Folder of a report in `data.work_dir` -> title of the report, and the command to suggest if the report is missing. An
+empty command suggests nothing."""
 
 
 def combine_reports(settings: Settings, format_command: Callable[..., str]) -> Report:
     """Combine the reports in `data.work_dir`: the headlines first, then all figures and tables.
 
     Args:
-        settings: Settings of the folder.
-        format_command: Function that returns a command to show, given its words such as "train". It adds the options
-            that select these settings.
+        settings: Settings with the folder.
+        format_command: Function that turns words such as "train" into the command to show, with the options that select
+            the settings.
     """
     work, model_uri = Path(settings.data.work_dir), f"models:/{settings.registered_model}@{settings.tracking.alias}"
     sentences = [Sentence(caution, "warning") for caution in _find_cautions(settings)]
@@ -54,16 +53,10 @@ def combine_reports(settings: Settings, format_command: Callable[..., str]) -> R
             time = datetime.fromtimestamp((work / folder / REPORT_JSON).stat().st_mtime, UTC)
             sentences.append(Sentence(f"{title}, {time:%Y-%m-%d %H:%M} UTC: {report.headline}", label=folder))
             sentences += [Sentence(f"{title}: {reason}", "warning") for reason in _find_stale(report, work, settings)]
-            # Two reports can use the same IDs in their figures, so the IDs get the folder as a prefix.
-            unique = rf"\g<1>{folder}-"
-            figures += [
-                replace(
-                    figure,
-                    title=f"{title}: {figure.title}",
-                    svg=re.sub(r'( id="| href="#|url\(#)(?=\w)', unique, figure.svg),
-                )
-                for figure in report.figures
-            ]
+            for figure in report.figures:
+                # Figures of two reports can have the same SVG IDs, so add the folder to each ID.
+                svg = re.sub(r'( id="| href="#|url\(#)(?=\w)', rf"\g<1>{folder}-", figure.svg)
+                figures.append(replace(figure, title=f"{title}: {figure.title}", svg=svg))
             tables += [replace(table, title=f"{title}: {table.title}", page_only=True) for table in report.tables]
         elif words:
             command = format_command(*words.replace("MODEL", model_uri).split())

@@ -1,4 +1,4 @@
-"""The process group of a training run, and messages for lost ranks."""
+"""The process group of a training run, and error messages if one of its processes (a rank) is lost."""
 
 import contextlib
 import json
@@ -21,8 +21,7 @@ from mmoe_rec.settings.training import Training
 from mmoe_rec.training.sharding import check_sharding
 from mmoe_rec.training.table_backends import choose_table_backend
 
-# Loggers of torchrec's sharding planner and of torch's tracing. Users can't act on their messages. `describe_plan`
-# prints the sharding plan instead.
+# Loggers to silence, because users can't act on the messages. `describe_plan` describes the sharding plan instead.
 NOISY_LOGGERS = ("torchrec.distributed.planner", "torch.fx._symbolic_trace")
 _SECONDS_TO_RELEASE = 0.05
 _MAX_FIRST_RANK_TIME = timedelta(days=7)
@@ -73,7 +72,7 @@ class RankContext:
 
 @contextlib.contextmanager
 def training_process_group(settings: Training) -> Iterator[tuple[torch.device, RankContext]]:
-    """Join the run's process group within the context. Yield this rank's device, as in `settings`, and its rank.
+    """Join the run's process group within the context. Yield the device and the rank of this process.
 
     Raises:
         UserError: This machine doesn't support the settings, or another rank was lost.
@@ -98,7 +97,7 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
 
     Args:
         device: Device of this rank.
-        timeout_minutes: Time that a rank waits for other ranks in a collective call.
+        timeout_minutes: Time that a rank waits for other ranks in a collective operation.
 
     Raises:
         UserError: Another rank was lost.
@@ -110,7 +109,7 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
     rank, world_size = 0, 1
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
-        # When torchrun restarts ranks, its store still contains the addresses of the lost ranks, so use another prefix.
+        # After a restart, torchrun's store still contains the addresses of the lost ranks, so use another prefix.
         store = dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     ranks = RankContext(rank, world_size, store)
     timeout = timedelta(minutes=timeout_minutes)
@@ -120,15 +119,15 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
         with quiet, _explain_loss(ranks):
             yield ranks
     finally:
-        # A gloo thread needs the interpreter's lock to release its last tensors. If the interpreter ends before that,
-        # the process aborts. Sleeping hands the lock to the gloo thread.
+        # A gloo thread needs the interpreter's lock to release its last tensors, or the process aborts at its end.
+        # Sleeping hands the lock to this thread.
         dist.destroy_process_group()
         time.sleep(_SECONDS_TO_RELEASE)
 
 
 @contextlib.contextmanager
 def _explain_loss(ranks: RankContext) -> Iterator[None]:
-    """Turn the RuntimeError that torch raises when another rank is lost into a UserError."""
+    """Turn torch's RuntimeError about a lost rank into a UserError."""
     try:
         yield
     except RuntimeError as error:

@@ -1,8 +1,7 @@
 """Training loop for a CPU and for several GPUs.
 
 Each rank (process) runs a `Trainer` with the same arguments. The ranks divide each batch among them, so the rows of a
-step don't depend on the number of ranks. Row-wise Adagrad updates the embedding tables within the backward pass. AdamW
-updates the dense part, which consists of all other weights.
+step don't depend on the number of ranks. Row-wise Adagrad updates the embedding tables, and AdamW all other weights.
 """
 
 import contextlib
@@ -56,12 +55,12 @@ class TrainingResult:
     Attributes:
         plan: Sharding plan, as text.
         steps: Number of steps.
-        rows_per_s: Training rows per second of all ranks together. The time of validations doesn't count.
+        rows_per_s: Training rows per second of all ranks together, without the time of validations.
         data_wait_fraction: Fraction of the training time spent waiting for data.
         best_step: Step of the best validation.
         best_checkpoint: Folder of the checkpoint of the best step.
         history: Step and result of each validation. Step 0 validates the model that the run started from.
-        stopped_early: Whether the loop ended before its last step, because validations didn't improve.
+        stopped_early: Whether the loop ended before its last step because validations no longer improved.
     """
 
     plan: str
@@ -80,7 +79,7 @@ class TrainingResult:
 
 
 class Meter:
-    """Meter of rows per second, of the time spent waiting for data, and of each task's mean loss since the last `read`.
+    """Meter of the speed of a training run and of its losses.
 
     Args:
         layout: Layout with the tasks.
@@ -97,7 +96,7 @@ class Meter:
         self._world_size, self.note = world_size, ""
         self._start = time.perf_counter()
         self._rows, self.wait_seconds, self.excluded_seconds = 0, 0.0, 0.0
-        # Sums stay on the device until they are read. Reading them every step would make a GPU wait.
+        # The sums of losses and counts stay on the device, because reading them at every step would make a GPU wait.
         self._sums: torch.Tensor | int = 0
 
     def add(self, rows: int, losses: torch.Tensor, counts: torch.Tensor) -> None:
@@ -106,7 +105,7 @@ class Meter:
         Args:
             rows: Number of rows.
             losses: Sum of the losses of each of the T tasks, shape (T,).
-            counts: Number of observed labels of each task, or the sum of their weights, shape (T,).
+            counts: Number of observed labels of each task, or the sum of the rows' weights, shape (T,).
         """
         self._rows += rows * self._world_size
         self._sums = self._sums + torch.stack([losses.double(), counts.double()])
@@ -126,7 +125,7 @@ class Meter:
         return max(1e-9, time.perf_counter() - self._start - self.excluded_seconds)
 
     def read(self) -> dict[str, float]:
-        """Return the metrics since the last `read`. Losses are means over the rows of this rank only."""
+        """Return metrics by name: the mean losses since the last `read`, for the rows of this rank, and the speed."""
         means = {}
         if isinstance(self._sums, torch.Tensor):
             sums = zip(self._names, *self._sums.tolist(), strict=True)
@@ -139,21 +138,21 @@ class Meter:
 
 
 class Trainer:
-    """Training of one model. `run` trains it and writes checkpoints. Create it within a process group.
+    """Training of one model, see `run`. A process group must exist.
 
     Args:
-        prepared: Features.
+        prepared: Folder of the features.
         layout: Layout of the model.
         model_settings: Settings of the model.
         settings: Settings of the training.
         device: Device of this rank.
         checkpoints: Folder for the checkpoints.
-        log_metrics: Function that is called with metrics and the step.
+        log_metrics: Function that is called with metrics by name and the step.
         warm_start: Weights to start from, None for random ones.
         resume: Checkpoint to resume from. None starts at the first step.
-        provenance: Settings and features of the run, which checkpoints store.
-        on_validation: Function that is called with each validation and its step. Its errors end the training.
-        precision_choice: Precision to use. None measures which precision is faster, if the settings say `auto`.
+        provenance: Settings, features and starting model, which checkpoints store.
+        on_validation: Function that is called with each validation and its step.
+        precision_choice: Precision for the setting `auto`. None measures which precision is faster.
 
     Raises:
         UserError: The tables don't fit into memory, or encoded rows or the checkpoint can't be read.
@@ -175,8 +174,7 @@ class Trainer:
         precision_choice: PrecisionChoice | None = None,
     ) -> None:
         self.settings, self.device, self.provenance = settings, device, provenance
-        self.log_metrics, self.on_validation = log_metrics, on_validation
-        self.layout = layout
+        self.layout, self.log_metrics, self.on_validation = layout, log_metrics, on_validation
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         rows = EncodedDataset(prepared.split("train"), layout).rows
         self.batch_size = settings.resolve_batch_size(rows)
@@ -193,7 +191,7 @@ class Trainer:
         self.total_steps = settings.epochs * self.reader.batches_per_epoch
         self.steps_to_validate = validation_steps(self.reader.batches_per_epoch, settings)
         if warm_start is not None or (resume is not None and resume.state.step == 0):
-            self.steps_to_validate.add(0)  # Also validate the model that the run starts from, for comparison.
+            self.steps_to_validate.add(0)  # For comparison, also validate the model that the run starts from.
         self.stop = StopRequest()
         self.steps = StepRunner(
             self.sharded,
@@ -215,8 +213,7 @@ class Trainer:
 
     def _reader(self, prepared: FeatureFolder, split: str, batch_size: int) -> TrainingReader:
         weighted = self.settings.sampling_correction == "weights"
-        # Validations during training select the best state, so they use only the selection rows. The evaluation rows
-        # evaluate the selected state.
+        # Validations select the best step by the selection rows. The evaluation rows stay for the selected model.
         part = ValidationPart.SELECTION if split == "validation" else None
         return TrainingReader(
             EncodedDataset(prepared.split(split), self.layout, joint_labels=True, weighted=weighted, part=part),
@@ -259,23 +256,22 @@ class Trainer:
 
     def announce(self) -> None:
         """Print the precision, the backends and the number of steps."""
-        steps = self.total_steps
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" * bool(self.threads)
         say(
             f"computing in {self.precision_choice}, matmul backend {self.matmul_backend}, "
             f"table backend {self.table_backend}{threads}"
         )
-        say(f"{steps:,} step{'s' * (steps != 1)} of {self.batch_size:,} rows")
+        say(f"{self.total_steps:,} step{'s' * (self.total_steps != 1)} of {self.batch_size:,} rows")
 
     def _choose(self, mixture: Mixture, before: PrecisionChoice | None) -> PrecisionChoice:
-        """Return the precision of the settings. If that is `auto`, return the one chosen before, or measure it now."""
+        """Return the precision of the settings. For `auto`, return the precision chosen before, or measure."""
         if self.settings.precision != "auto":
             return PrecisionChoice(self.settings.precision)
         rows = min(math.ceil(self.batch_size / self.world_size), self.reader.rows.rows)
         return before or choose_precision(mixture, self.layout, self.device, rows)
 
     def run(self) -> TrainingResult:
-        """Train until the last step, or until validations have stopped improving. All ranks must call it.
+        """Train until the last step, or until validations stop improving. All ranks must call this together.
 
         Raises:
             StoppedError: A signal asks to stop. The state has been saved in a checkpoint.
@@ -376,11 +372,8 @@ class Trainer:
         return not_better >= self.settings.patience and self.result.steps < self.total_steps
 
     def _save(self) -> None:
-        result = self.result
-        history = tuple(result.history)
-        state = TrainingState(
-            result.steps, self.position, history, result.best_step, self.provenance, self.precision_choice
-        )
+        step, history, best_step = self.result.steps, tuple(self.result.history), self.result.best_step
+        state = TrainingState(step, self.position, history, best_step, self.provenance, self.precision_choice)
         tensors = {"model": self.sharded.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self.checkpoints.save(tensors, state)
 

@@ -1,4 +1,4 @@
-"""Training loss. Each task's loss is a mean over the observed labels of the task on all ranks."""
+"""Training loss. Each task's loss is the mean over the task's observed labels on all ranks."""
 
 from collections.abc import Sequence
 
@@ -24,21 +24,20 @@ def masked_loss(
 ) -> tuple[Tensor, Tensor]:
     """Compute the weighted loss over the observed labels of B rows and T tasks.
 
-    The total is world_size * sum over tasks t of weight_t * loss_sum_t / global_counts_t. Data parallelism and sharded
-    tables average gradients over ranks, so the factor world_size yields the gradient of the global mean. A task without
-    observed labels adds exactly 0, and so does its log variance.
+    The total is world_size * sum over tasks t of weight_t * loss_sum_t / global_counts_t. Ranks average their
+    gradients, so the factor world_size yields the gradient of the global mean. A task without observed labels adds
+    exactly 0.
 
     Args:
         logits: Shape (B, T), float32, or float64 if a task is a regression.
         labels: Same shape and dtype as the logits.
         observed: Whether each label is observed. Shape (B, T), bool.
         tasks: The T tasks.
-        global_counts: Number of observed labels of each task in this step on all ranks, or the sum of their weights.
-            Shape (T,).
+        global_counts: Number of observed labels of each task in this step on all ranks, or the sum of the weights of
+            these rows. Shape (T,).
         world_size: Number of ranks.
         weights: Weights of the rows, above 0. None weights all rows equally. Shape (B,), float64.
-        log_variances: Log variances of learned task weights, explained below in this module. None if task weights
-            aren't learned. Shape (T,).
+        log_variances: Result of `log_variances`. None if task weights aren't learned. Shape (T,).
 
     Returns:
         The total to differentiate (scalar), and the detached sum of each task's losses on this rank. Shape (T,).
@@ -52,12 +51,12 @@ def masked_loss(
     if weights is None:
         parts = losses.sum(0)
         sums, scale = parts.detach(), scale / totals.to(losses)
-    else:  # Divide weights by their sum in float64, because weights may be very large or small numbers.
+    else:  # Divide weights by their sum in float64, because float32 can't represent very large or small weights.
         parts = (losses * (weights[:, None] / totals).to(losses)).sum(0)
         sums = parts.detach() * totals
     if log_variances is None:
         return (scale * parts).sum(), sums
-    # Every rank adds the whole term. Gradients are averaged over ranks, so the term counts once.
+    # Every rank adds the whole term of the log variances. Averaging over ranks makes it count once.
     uncertainty = (task_weights * (global_counts > 0) * log_variances).sum() / 2
     return (scale * loss_factors(log_variances, tasks) * parts).sum() + uncertainty, sums
 
@@ -66,12 +65,11 @@ def row_losses(logits: Tensor, labels: Tensor, tasks: Sequence[TaskOutput]) -> T
     """Compute the loss of every row and task.
 
     A task with `conditional_on`, such as a purchase given a click, is trained on joint labels (clicked and purchased).
-    Its prediction for them is the product of both tasks' probabilities, so both tasks learn from its loss (ESMM: Ma et
-    al., SIGIR 2018).
+    The prediction for a joint label is the product of both tasks' probabilities (ESMM: Ma et al., SIGIR 2018).
 
     Args:
         logits: Logits of B rows. Shape (B, T).
-        labels: Labels of each task's `loss_label`. Shape (B, T).
+        labels: Labels, joint for tasks with `conditional_on`. Shape (B, T).
         tasks: The T tasks.
 
     Returns:
@@ -91,8 +89,8 @@ def row_losses(logits: Tensor, labels: Tensor, tasks: Sequence[TaskOutput]) -> T
 #
 # Each task has a learned log variance s. A regression with Gaussian errors of variance exp(s) has the negative log
 # likelihood exp(-s) L / 2 + s / 2, where L is the mean squared error. A classification with logits divided by exp(s)
-# has about exp(-s) L + s / 2, where L is the mean cross-entropy (equation 10). A task's `loss_weight` multiplies this
-# whole term. If it multiplied only L, it would have no effect, because s would adapt and cancel it. Checkpoints contain
+# has about exp(-s) L + s / 2, where L is the mean cross-entropy (equation 10). A task's `loss_weight` multiplies the
+# whole sum. Multiplying only L would have no effect, because s would adapt and cancel the weight. Checkpoints contain
 # the log variances. Artifacts don't, because predictions don't need them.
 
 LOG_VARIANCES = "log_variances"
@@ -109,22 +107,16 @@ def add_log_variances(model: nn.Module, tasks: Sequence[TaskOutput]) -> None:
 
 
 def log_variances(model: nn.Module) -> nn.Parameter | None:
-    """Return the log variances of a model, None if it has none.
-
-    Don't keep the result, because sharding the model may replace the parameter.
-    """
+    """Return the log variances of a model, None if it has none. Sharding the model may replace this parameter."""
     return getattr(model, LOG_VARIANCES, None)
 
 
 def loss_factors(log_vars: Tensor, tasks: Sequence[TaskOutput]) -> Tensor:
-    """Return the factor of each task's mean loss due to its log variance. `loss_weight` is another factor.
+    """Return the factor of each task's mean loss, shape (T,), that follows from the task's log variance.
 
     Args:
         log_vars: Log variances, shape (T,).
         tasks: The T tasks.
-
-    Returns:
-        Factors, shape (T,).
     """
     factors = cached_constant(tuple(task.kind.loss_factor for task in tasks), log_vars.dtype, log_vars.device)
     return factors * torch.exp(-log_vars)

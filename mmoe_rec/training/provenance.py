@@ -1,12 +1,11 @@
-"""Provenance of a training run: the settings, features and starting model that identify it."""
+"""Provenance of a training run: its settings, features and starting model."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from mmoe_rec.settings.sections import Settings, diff_settings
 
-# Settings that may change when a run is resumed, because they don't affect the weights. They say on which devices a run
-# computes, how long ranks wait for each other and when checkpoints are written.
+# Settings of the section training that may change when a run is resumed, because they don't affect the weights.
 _IGNORED = {
     "checkpoint_steps",
     "keep_checkpoints",
@@ -21,10 +20,10 @@ class WarmStartSource:
     """The model that a run started from.
 
     Attributes:
-        uri: URI as given, possibly an alias.
-        pinned_uri: URI with the version number. Unlike an alias, it always names the same model.
+        uri: URI as given, possibly with an alias.
+        pinned_uri: URI with the version number instead of an alias, which always names the same model.
         weights_checksum: Checksum of the model's weights.
-        run_id: MLflow run that trained it, None if it is unknown.
+        run_id: ID of the MLflow run that trained the model, None if it is unknown.
     """
 
     uri: str
@@ -40,8 +39,8 @@ class Provenance:
     Attributes:
         settings: Settings that determine the weights, from `fixed_settings`.
         features: Fingerprint of the features.
-        last_request_us: Time of the last request in the features, in microseconds.
-        run_id: ID of the MLflow run. None if there is none.
+        last_request_us: Time of the last request in the features, in microseconds since 1970.
+        run_id: ID of the MLflow run, if any.
         start: Model that the run started from, None for random weights.
         artifact_settings: Settings that affect only the finished model, from `artifact_settings`.
     """
@@ -85,6 +84,6 @@ def fixed_settings(settings: Settings) -> dict[str, Any]:
 
 
 def artifact_settings(settings: Settings) -> dict[str, Any]:
-    """Return the settings that affect only the finished model: its name, serving and registration."""
+    """Return the settings that affect the finished model but not its weights: name, serving and registration."""
     tracking = {"registered_model": settings.registered_model, "alias": settings.tracking.alias}
     return {"name": settings.name, "serving": settings.serving.model_dump(mode="json"), "tracking": tracking}

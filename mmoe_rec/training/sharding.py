@@ -1,7 +1,6 @@
-"""Sharded training: the sharding plan, tables sharded over ranks, and the optimizers of all parameters.
+"""Sharded training: the sharding plan, embedding tables sharded over ranks (processes), and the optimizers.
 
-The tables are the model's embedding tables, and a rank is one of the processes that train together. A laptop and a
-cluster use the same code: with torchrec, even a single CPU process shards its tables, into one part each. Without
+With torchrec, a laptop and a cluster use the same code: a single process shards each table into one part. Without
 torchrec, a single process trains on tables in plain PyTorch.
 """
 
@@ -41,22 +40,18 @@ WHOLE_ROW_SHARDINGS = ("table_wise", "row_wise", "table_row_wise")
 CPU_SHARDINGS = ("auto", "table_wise", "column_wise")  # torchrec supports no other kinds on CPUs.
 
 RowInitializer = Callable[[EmbeddingTable, int, int], Tensor]
-"""Function that returns the initial weights of some rows of a table: (table, first row, end row) -> float32 tensor of
-shape (end - first, dim)."""
+"""Initial weights of rows of a table: (table, first row, end row) -> float32, shape (end - first, dim)."""
 
 
 # The sharding plan, which torchrec's planner makes for the running ranks or for a hypothetical cluster.
 
 
 def check_sharding(kind: str, device: str) -> None:
-    """Raise an error if a kind of sharding isn't available on a device.
+    """Raise UserError if the device or the installation doesn't support a kind of sharding.
 
     Args:
         kind: The setting `training.sharding`.
         device: "cpu" or "cuda".
-
-    Raises:
-        UserError: The device doesn't support this kind, or torchrec isn't installed.
     """
     if kind != "auto":
         require_torchrec(f"training.sharding {kind}", "set it to auto")
@@ -108,13 +103,8 @@ class RankEstimate(NamedTuple):
     step_ms: float
 
 
-def update_in_backward(model: nn.Module, learning_rate: float) -> None:
-    """Make the backward pass update the tables by row-wise Adagrad, once they are sharded.
-
-    Args:
-        model: Model whose tables are `torchrec_tables`.
-        learning_rate: Learning rate of the tables.
-    """
+def _update_in_backward(model: nn.Module, learning_rate: float) -> None:
+    """Make the backward pass of the sharded model update its tables by row-wise Adagrad."""
     from torch.distributed.optim import _apply_optimizer_in_backward
     from torchrec.optim import RowWiseAdagrad
 
@@ -129,7 +119,7 @@ class ShardingPlanner:
         layout: The model's tables and inputs.
         cluster: Ranks to plan for.
         batch_size: Rows per rank and step.
-        settings: Training settings. The kind of sharding and the number type of communication are used.
+        settings: Training settings, with the kind of sharding and the data type of communication.
     """
 
     layout: ModelLayout
@@ -150,20 +140,8 @@ class ShardingPlanner:
         # `get_qcomm_codecs_registry` would replace bf16 by fp16 on CPUs, although gloo supports both.
         return [EmbeddingBagCollectionSharder(qcomm_codecs_registry={op.name: codecs for op in CommOp})]
 
-    def make_plan(self, model: nn.Module, group: Any = None, stats: Any = None) -> Any:
-        """Make torchrec's plan for a model.
-
-        Args:
-            model: Model whose tables are `torchrec_tables`.
-            group: Process group whose ranks make the plan together. None plans without other ranks.
-            stats: Object of torchrec that receives the plan and its estimates. None for torchrec's default.
-
-        Returns:
-            The plan, a `ShardingPlan` of torchrec.
-
-        Raises:
-            UserError: The tables don't fit into the ranks' memory.
-        """
+    def _make_plan(self, model: nn.Module, group: Any = None, stats: Any = None) -> Any:
+        """Return torchrec's `ShardingPlan`, made by all ranks of `group`, and report its estimates to `stats`."""
         from torchrec.distributed.embedding_types import EmbeddingComputeKernel
         from torchrec.distributed.planner import EmbeddingShardingPlanner, types
         from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
@@ -173,7 +151,7 @@ class ShardingPlanner:
         cluster, sharders, kind = self.cluster, self.sharders(), self.settings.sharding
 
         class StorageEstimator(EmbeddingStorageEstimator):
-            # torchrec counts one optimizer value per row. With row-wise Adagrad, every column shard of a row has one.
+            # torchrec counts one optimizer value per row. Row-wise Adagrad has one per column shard of a row.
             def estimate(self, sharding_options: Any, sharder_data_map: Any) -> None:
                 super().estimate(sharding_options, sharder_data_map)
                 for option, part in ((table, part) for table in sharding_options for part in table.shards):
@@ -181,12 +159,11 @@ class ShardingPlanner:
                     hbm, ddr = (missing, 0) if cluster.device == "cuda" else (0, missing)
                     part.storage += types.Storage(hbm=hbm, ddr=ddr)
 
-        # `auto` never copies a table to all ranks (data parallelism). The optimizer state would have different keys, so
-        # a checkpoint couldn't be resumed with a different sharding.
+        # `auto` never copies a table to all ranks (data parallelism). The optimizer state would then have different
+        # keys, so a checkpoint couldn't be resumed with a different sharding.
         auto_kinds = WHOLE_ROW_SHARDINGS if cluster.device == "cuda" else ("table_wise",)
-        # `min_partition` fixes the number of column shards, whatever the number of ranks. Row-wise Adagrad has one
-        # value per column shard. If their number changed with the ranks, a checkpoint couldn't be resumed on another
-        # number of ranks.
+        # Row-wise Adagrad has one value per row and column shard. `min_partition` fixes the number of column shards, so
+        # that a checkpoint can be resumed on another number of ranks.
         constraints = {
             table.name: types.ParameterConstraints(
                 sharding_types=list(auto_kinds) if kind == "auto" else [kind],
@@ -232,20 +209,17 @@ class ShardingPlanner:
         )
 
     def estimate_plan(self, model: nn.Module) -> tuple[str, list[RankEstimate]]:
-        """Plan for a cluster that need not exist.
+        """Plan for a cluster that need not exist. Return `describe_plan` of the plan, and the load of each rank.
 
         Args:
             model: Model whose tables are `torchrec_tables`, on torch's device "meta", which allocates no memory.
-
-        Returns:
-            The plan as text, from `describe_plan`, and the load of each rank.
 
         Raises:
             UserError: The tables don't fit into the ranks' memory.
         """
         options: list[Any] = []
-        update_in_backward(model, learning_rate=1.0)  # The estimate must include the memory of the optimizer state.
-        plan = self.make_plan(model, stats=SimpleNamespace(log=lambda *, best_plan, **_: options.extend(best_plan)))
+        _update_in_backward(model, learning_rate=1.0)  # The estimate must include the memory of the optimizer state.
+        plan = self._make_plan(model, stats=SimpleNamespace(log=lambda *, best_plan, **_: options.extend(best_plan)))
         ranks = [RankEstimate(rank, 0, 0, 0.0) for rank in range(self.cluster.world_size)]
         for part in (part for option in options for part in option.shards):
             rank, tables, total, time = ranks[part.rank]
@@ -269,7 +243,7 @@ def describe_plan(plan: Any) -> str:
 
 
 def merge_adjacent_ranks(ranks: Sequence[tuple[int, str]]) -> list[str]:
-    """Turn (rank, text) pairs into lines of text. Neighboring ranks with the same text share a line."""
+    """Return lines such as "each of ranks 0-3: text" from (rank, text) pairs. Successive equal texts share a line."""
     lines = []
     for text, group in itertools.groupby(ranks, key=itemgetter(1)):
         numbers = sorted({rank for rank, _ in group})  # A rank with several column shards of a table appears twice.
@@ -281,7 +255,7 @@ def merge_adjacent_ranks(ranks: Sequence[tuple[int, str]]) -> list[str]:
 
 
 def table_bytes(table: EmbeddingTable) -> int:
-    """Return the bytes of a table: its padded weights, and the one value per row that row-wise Adagrad stores."""
+    """Return the bytes of a table's padded weights and of the one value per row that row-wise Adagrad stores."""
     return table.rows * (padded_dim(table.dim) + 1) * _FLOAT
 
 
@@ -294,8 +268,8 @@ class ShardedModel:
 
     Attributes:
         model: torchrec's DistributedModelParallel or `SingleProcessModel`. Call it with a `Batch`.
-        table_optimizer: Optimizer of the tables, which updates them in the backward pass (row-wise Adagrad). It reads
-            the learning rate from `param_groups` at `zero_grad()` and `step()`.
+        table_optimizer: Row-wise Adagrad of the tables. The backward pass updates the tables. `zero_grad()` and
+            `step()` only apply the learning rate of `param_groups`.
         plan: Sharding of the tables, one line for each table.
     """
 
@@ -305,11 +279,10 @@ class ShardedModel:
 
     @property
     def pipelined(self) -> bool:
-        """Whether torchrec's pipeline can train the model. It needs tables, and either several ranks or a GPU."""
+        """Whether torchrec's pipeline can train the model. This needs tables, and either several ranks or a GPU."""
         if isinstance(self.model, SingleProcessModel):
             return False
-        is_remote = dist.get_world_size() > 1 or self.model.device.type != "cpu"
-        return bool(self.plan) and is_remote
+        return bool(self.plan) and (dist.get_world_size() > 1 or self.model.device.type != "cpu")
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Return all parameters except tables, by name, for a dense optimizer."""
@@ -318,7 +291,7 @@ class ShardedModel:
 
 
 def training_tables(layout: ModelLayout, backend: TableBackend) -> nn.Module:
-    """Create the tables of a model that `shard` can then shard.
+    """Create the tables of a model, for `shard`.
 
     Args:
         layout: The model's tables and inputs.
@@ -346,9 +319,6 @@ def shard(
         settings: Training settings.
         row_initializer: Initial weights of table rows. Defaults to `initial_rows`.
 
-    Returns:
-        The sharded model.
-
     Raises:
         UserError: The tables don't fit into memory, or the device doesn't support the kind of sharding.
     """
@@ -369,8 +339,8 @@ def shard(
     plan = ShardingPlan({})
     planner = ShardingPlanner(layout, _running_cluster(device), batch_size, settings)
     if used_tables(layout):
-        update_in_backward(model, settings.table_learning_rate)
-        plan = planner.make_plan(model, dist.group.WORLD)
+        _update_in_backward(model, settings.table_learning_rate)
+        plan = planner._make_plan(model, dist.group.WORLD)
     with warnings.catch_warnings():
         # torchrec passes an argument to torch that torch has deprecated.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
@@ -404,7 +374,7 @@ def _fill_tables(parallel: Any, layout: ModelLayout, row_initializer: RowInitial
 
 
 def _local_parts(stored: Any) -> list[tuple[Sequence[int], Tensor]]:
-    """Return the parts of a table that are on this rank: (first row, first column) and weights of each part."""
+    """Return the parts of a table on this rank: for each part, (first row, first column) and its weights."""
     if hasattr(stored, "local_shards"):
         return [(part.metadata.shard_offsets, part.tensor) for part in stored.local_shards()]
     return [((0, 0), stored)]
@@ -413,22 +383,19 @@ def _local_parts(stored: Any) -> list[tuple[Sequence[int], Tensor]]:
 class Optimizers:
     """The optimizers of tables and dense parameters (all other weights), with the interface of one optimizer.
 
-    The state is keyed by parameter names. A checkpoint can therefore be resumed on a different number of ranks.
-
     Args:
         sharded: Model to optimize.
-        settings: Training settings. The learning rate and the weight decay of dense parameters are used.
+        settings: Training settings, with the learning rate and weight decay of dense parameters.
 
     Attributes:
-        dense: AdamW of all parameters except tables.
+        dense: AdamW of the dense parameters.
     """
 
     def __init__(self, sharded: ShardedModel, settings: Training) -> None:
         self._tables = sharded.table_optimizer
         self._named = sharded.dense_parameters()
-        groups: list[dict[str, Any]] = [
-            {"params": [parameter for name, parameter in self._named.items() if name != LOG_VARIANCES]}
-        ]
+        weights = [parameter for name, parameter in self._named.items() if name != LOG_VARIANCES]
+        groups: list[dict[str, Any]] = [{"params": weights}]
         if LOG_VARIANCES in self._named:
             # Weight decay would pull the log variances toward 0, and so the learned task weights toward 1.
             groups.append({"params": [self._named[LOG_VARIANCES]], "weight_decay": 0.0})
@@ -452,16 +419,13 @@ class Optimizers:
         self.dense.step()
 
     def init_state(self) -> None:
-        """Create the optimizer state by a step of AdamW, so that a checkpoint can be loaded into the state.
-
-        The step may change weights, so load the weights afterward.
-        """
+        """Create the optimizer state by a step, before loading a checkpoint. The step may change weights."""
         for parameter in self._named.values():
             parameter.grad = torch.zeros_like(parameter)
         self.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return {"state": state of each parameter by name}. The tensors are not copied."""
+        """Return {"state": {parameter name: state}}. Names let a different number of ranks load it. Copies nothing."""
         dense, named = self.dense.state, self._named.items()
         state = {name: dict(dense[parameter]) for name, parameter in named if parameter in dense}
         return {"state": {**self._tables.state_dict()["state"], **state}}

@@ -1,7 +1,7 @@
 """Boosted trees beside a trained network. A blend, the weighted sum of both predictions, is fitted for each task.
 
-The selection rows (one half of the validation users) choose trees and weights. Neither network nor trees are trained on
-them.
+The trees and the weights are chosen by the loss on the selection rows (one half of the validation users), which train
+neither the network nor the trees.
 """
 
 import math
@@ -28,32 +28,30 @@ from mmoe_rec.training.boosting import TreeInputs, train_lightgbm
 BLEND_PRIOR_STD = 0.25
 """Prior standard deviation of the difference of the network's and the trees' weights, as a fraction of their sum."""
 SCALE_PRIOR_STD, MIN_SCALE = 0.5, 0.1
-"""Prior standard deviation of the blend's scale around 1, and the minimum scale. With a scale of 0, all rows would get
-the same prediction."""
+"""Prior standard deviation of the blend's scale around 1, and the minimum scale, because a scale of 0 would give all
+rows the same prediction."""
 MEAN_PRIOR_STD = 0.03
-"""Prior standard deviation of the difference between the blend's mean prediction and the weighted mean of the network's
-and the trees' mean predictions. The unit is a standard deviation of the label for a regression. For a binary task, the
-difference is between logarithms."""
+"""Prior standard deviation of the blend's mean prediction around the weighted mean of the network's and the trees' mean
+predictions: in label standard deviations for a regression, and as a difference of logarithms for a binary task."""
 ID_TREES_MIN_Z = 3.0
 """Number of standard errors by which the loss of trees with IDs must be lower to replace trees without IDs. The margin
-is large because the effect of an ID fades sooner than the effect of a counter. With a smaller difference, both sets of
-trees may be used together."""
+is large because the effect of an ID fades sooner than the effect of a counter."""
 EQUAL_BLEND = Blend(0.5, 0.5, 0.0)
-"""The blend of a task with too few labels to fit the weights."""
+"""Blend of a task with too few labels to fit the weights."""
 BLEND_MIN_Z = 1.0
 """Number of standard errors by which the loss of a blend must be lower than the loss of the network alone. Trees alone
-replace a blend by the same rule."""
+replace the blend by the same rule."""
 
 
 def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout, model: RankingModel) -> Trees:
     """Grow trees for every task, and print the chosen trees and weights.
 
-    The losses on the selection rows decide. A task keeps the network alone if trees have no input or labels, or if the
-    blend isn't better by `BLEND_MIN_Z` standard errors.
+    A task keeps the network alone if trees have no input or labels, or if the blend isn't better on the selection rows
+    by `BLEND_MIN_Z` standard errors.
 
     Args:
         settings: Settings of the run, with `model.trees`.
-        prepared: Features.
+        prepared: Folder of the features.
         layout: Layout of the model.
         model: Trained network.
     """
@@ -67,11 +65,9 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
     users = np.unique(hash_column(held_out.column("user")), return_inverse=True)[1]
     logits, *_ = predict_for_calibration(model, layout, selection, settings.evaluation.batch_size)
     logits = logits[len(logits) - len(held_out.labels) :]
-    # Without a time column, there are no counters and no later rows on which the effect of IDs could fade. Trees with
-    # IDs then need no margin.
+    # Without times, no rows are later than others. The effect of IDs can't fade, and trees with IDs need no margin.
     min_z = ID_TREES_MIN_Z if settings.columns.has_time else 0.0
-    texts: dict[str, str] = {}
-    blends: dict[str, Blend] = {}
+    texts, blends = dict[str, str](), dict[str, Blend]()
     for index, task in enumerate(layout.tasks):
         observed = ~np.isnan(held_out.labels[:, index])
         rows = train_rows.select_task(index), held_out.select_task(index)
@@ -98,16 +94,15 @@ def fit_task_trees(
     Args:
         task: Task, with its kind and the mean and standard deviation of a regression.
         section: Settings of the trees.
-        seed: Seed of the columns of each tree.
+        seed: Seed of the random columns of each tree.
         train_rows: Training rows with an observed label.
         held_out: N selection rows with an observed label.
-        network: The network's logits, or its values for a regression. Shape (N,).
+        network: Predictions of the network for these N rows: logits, or values of a regression. Shape (N,).
         users: Number that identifies each row's user. Shape (N,), int64.
         min_z: Number of standard errors by which trees with IDs must be better than trees without IDs.
 
     Returns:
-        A pair. First the trees in LightGBM's text format with their blend, or None to use the network alone. Second a
-        description of the choice.
+        The trees in LightGBM's text format with their blend, or None to use the network alone. And a description.
     """
     inputs = sorted({train_rows.num_numeric, train_rows.x.shape[1]} - {0})
     if not inputs or min(len(np.unique(rows.labels)) for rows in (train_rows, held_out)) < 2:
@@ -123,7 +118,7 @@ def fit_task_trees(
         count = booster.best_iteration  # With more trees, the loss on the selection rows is higher.
         name = "without ids" if width == train_rows.num_numeric else "with ids"
         texts[name] = booster.model_to_string(num_iteration=count)
-        # If both sets of trees (without and with IDs) are used together, they have at most `max_trees` trees.
+        # The trees without IDs and with IDs have at most `max_trees` trees together, if both are used.
         halves.append(booster.model_to_string(num_iteration=min(count, max(1, section.max_trees // 2))))
     choices = [(name, text, min_z) for name, text in texts.items()]
     if 1 < len(choices) <= section.max_trees:
@@ -155,15 +150,7 @@ def fit_task_trees(
 
 @dataclass(frozen=True)
 class _FittedTrees:
-    """Fitted trees of a task.
-
-    Attributes:
-        text: The trees in LightGBM's text format.
-        name: Description of the trees, for the report.
-        trees: Predictions for the N selection rows, as logits or values of a regression. Shape (N,).
-        blend: Blend with the network.
-        losses: Losses of the blend on the selection rows. Shape (N,).
-    """
+    """Trees of a task as LightGBM's text, with their predictions and the blend's losses on the selection rows."""
 
     text: str
     name: str
@@ -181,7 +168,7 @@ def is_significantly_lower(
 ) -> bool:
     """Return whether the mean of `losses` is lower than the mean of `other_losses` by over `min_z` standard errors.
 
-    The standard error of the difference is computed over users, because rows of one user aren't independent.
+    The standard error is computed over users, because rows of one user aren't independent.
 
     Args:
         losses: Losses, shape (N,).
@@ -197,18 +184,13 @@ def is_significantly_lower(
 
 
 def fit_blend(
-    kind: TaskKind,
-    network: np.ndarray,
-    trees: np.ndarray,
-    labels: np.ndarray,
-    weights: np.ndarray | None = None,
+    kind: TaskKind, network: np.ndarray, trees: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
 ) -> Blend:
     """Fit the weights of network and trees on rows that trained neither of them (stacking: Wolpert, 1992).
 
-    The blend is scale x (w x network + (1 - w) x trees) + offset, in logits or in a regression's values, with the
-    lowest mean loss. With w = 1, only the network counts, and with w = 0 only the trees. Normal priors keep w near 1/2,
-    the scale near 1, and the mean prediction near the mean predictions of network and trees. Few labels, or labels of
-    an unusual month, therefore change the blend little.
+    The blend is scale x (w x network + (1 - w) x trees) + offset, with the lowest mean loss. Normal priors keep w near
+    1/2, the scale near 1, and the mean prediction near the mean predictions of network and trees, so that few labels,
+    or labels of an unusual month, change the blend little.
 
     Args:
         kind: Kind of the task.
@@ -228,7 +210,7 @@ def fit_blend(
     levels = [weight @ kind.prediction(side) + 1e-300 for side in (left, right)]
 
     def objective(values: np.ndarray) -> tuple[float, np.ndarray]:
-        """Return the mean loss with priors, and its gradient, for a scale, w and an offset."""
+        """Return the mean loss with priors, and the gradient, for the values of scale, w and offset."""
         scale, w, offset = parameters = torch.tensor(values, requires_grad=True)
         logits = scale * (w * left + (1 - w) * right) + offset
         level, expected = weight @ kind.prediction(logits) + 1e-300, w * levels[0] + (1 - w) * levels[1]

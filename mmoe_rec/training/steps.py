@@ -1,19 +1,11 @@
 """Training steps in torchrec's pipeline, which sends the IDs of the next batch while a batch is trained on.
 
-For each batch, the pipeline calls `StepRunner.zero_grad` and `StepRunner._forward`. It then runs the backward pass,
-which updates the tables, and calls `StepRunner.step`.
+For each batch, the pipeline calls `StepRunner.zero_grad` and `StepRunner._forward`. The pipeline then runs the backward
+pass, which updates the tables, and calls `StepRunner.step`.
 
-The host (the CPU process) queues operations, and the GPU runs them. If the host waits for a result, it queues nothing,
-and the GPU becomes idle. The host therefore waits for the GPU only in these places:
-
-- Once a step, `StepRunner.step` reads whether loss and gradient are finite and whether a rank was asked to stop.
-- With several ranks, torchrec's pipeline reads the numbers of IDs to exchange, one step ahead on a separate stream.
-- Every `STEPS_BETWEEN_LOGS` steps, `Meter.read` reads the losses and learned task weights.
-- A validation reads the logits and sums of each batch. With several ranks, it reads whether a rank was asked to stop.
-- Writing a checkpoint reads the weights.
-- `mmoe_rec.devices.cached_constant` copies each constant to the device once.
-
-`tests/gpu/test_device.py` counts how often the host waits.
+The CPU queues operations, and the GPU runs them. While the CPU waits for a result, it queues nothing, and the GPU
+becomes idle. In a step, the CPU therefore waits only once, in `StepRunner.step`. `tests/gpu/test_device.py` counts the
+waits.
 """
 
 import copy
@@ -51,12 +43,12 @@ class StepResult:
         batch: The batch of this rank.
         logits: Logits, shape (B, T).
         losses: Sum of each task's losses on this rank, shape (T,).
-        observed: Number of each task's observed labels on this rank, or the sum of their weights, shape (T,).
-        stop_and_nonfinite: Number of ranks that were asked to stop, and number of ranks with logits that aren't finite.
-            Shape (2,).
+        observed: Number of each task's observed labels on this rank, or the sum of the rows' weights, shape (T,).
+        stop_and_nonfinite: Number of ranks that were asked to stop, and number of ranks with nonfinite logits. Shape
+            (2,).
         stop_requested: Whether any rank was asked to stop.
-        nonfinite: "loss" or "gradient" if that isn't finite on some rank, else None. If it is set, the step has not
-            updated the dense part.
+        nonfinite: "loss" or "gradient" if some rank's is not finite, else None. If set, the step has not updated the
+            dense part (all weights except tables).
     """
 
     batch: Batch
@@ -73,12 +65,12 @@ class StepRunner:
 
     Args:
         sharded: Sharded model.
-        optimizer: Optimizer of all parameters. Its learning rates are the peak rates of the schedule.
+        optimizer: `Optimizers` of the model. Initial learning rates are the peak rates of the schedule.
         layout: Layout of the model.
         device: Device of this rank.
         bf16: Whether matmuls are in bf16.
         max_grad_norm: Maximum norm of the gradient of the dense part. Larger gradients are scaled down.
-        stop: Record of a signal to stop, which is read at each step.
+        stop: Signal to stop, which is read at each step.
     """
 
     def __init__(
@@ -111,14 +103,11 @@ class StepRunner:
             )
 
     def run_next(self, batches: Iterator[Batch], lr_fraction: float) -> StepResult | None:
-        """Train on the next batch. All ranks must call it.
+        """Train on the next batch. Return None after the last batch. All ranks must call this together.
 
         Args:
             batches: Batches of this rank. The pipeline reads two batches ahead.
-            lr_fraction: Fraction of the peak learning rates.
-
-        Returns:
-            The result, or None after the last batch.
+            lr_fraction: Learning rate as a fraction of the peak rate.
         """
         self._lr_fraction = lr_fraction
         for group, peak in zip(self._optimizer.param_groups, self._peak_rates, strict=True):
@@ -131,7 +120,7 @@ class StepRunner:
         return step
 
     def progress(self, batches: Iterator[Batch]) -> StepResult:
-        """Run a step without torchrec's pipeline. Has the signature of the pipeline's method."""
+        """Run a step without torchrec's pipeline, which has a method with the same signature."""
         batch = next(batches)
         if self._device.type != "cpu":
             batch = batch.to(self._device, non_blocking=True)
@@ -142,7 +131,7 @@ class StepRunner:
         return step
 
     def detach(self) -> None:
-        """Detach the pipeline from the model, after `run_next` has returned None. `run_next` attaches it again."""
+        """Detach the pipeline from the model, after `run_next` has returned None. `run_next` attaches them again."""
         if self._pipeline is not None:
             self._pipeline.detach()
 
@@ -164,8 +153,8 @@ class StepRunner:
         logits = outputs.logits
         nonfinite = (~logits.isfinite().all()).float()
         balanced = outputs.routings if self._gates.balance != "none" else ()
-        # Load (fraction of rows) of each expert, for the gates of all levels. Multiplied by the number of rows, the
-        # loads of several ranks can be added.
+        # A load is the fraction of rows that use an expert. Multiplied by the number of rows, the loads of several
+        # ranks can be added.
         loads = [counted.sum() * expert_loads(routing, counted) for routing in balanced]
         sums = torch.cat([nonfinite[None], *loads])
         for work in (reduced, self._all_reduce(sums)):
@@ -189,10 +178,7 @@ class StepRunner:
         return total, self._result
 
     def step(self) -> None:
-        """Update the dense part, unless a loss or gradient isn't finite on some rank.
-
-        The pipeline calls it after the backward pass, which updates the tables.
-        """
+        """Update the dense part, unless a loss or gradient isn't finite on some rank."""
         step = self._result
         assert step is not None
         # The norm is the same on all ranks, because gradients of the dense part are already averaged over ranks.
@@ -206,14 +192,11 @@ class StepRunner:
         for level, gates in enumerate(self._mixture.gates):
             gates.advance_ramp(self._gates.ramp_steps)
             if self._gates.balance == "bias":
-                # The loads of one step are noisy, so the rate of bias changes falls with the learning rate.
+                # The loads of one step are noisy, so bias changes become smaller with the learning rate.
                 gates.update_selection_bias(self._loads[level], self._gates.bias_rate * self._lr_fraction)
 
     def _balance_loss(self, routings: Sequence[Routing], row_weights: Tensor) -> Tensor | float:
-        """Return the weighted balance loss and z-loss of the gates, as a mean over the levels of experts.
-
-        `row_weights` are the weights of the batch's B rows, shape (B,), float32.
-        """
+        """Return the weighted balance loss and z-loss of the gates, as a mean over the levels of experts."""
         gates, total = self._gates, 0.0
         if gates.balance == "loss":
             pairs = zip(routings, self._loads, strict=True)
@@ -223,7 +206,7 @@ class StepRunner:
         return total
 
     def _all_reduce(self, values: Tensor) -> Any:
-        """Start to sum values over all ranks, in place. Return the work to wait for, None with one rank."""
+        """Start to sum values over all ranks, in place. Return a handle to wait for, None with one rank."""
         return dist.all_reduce(values, async_op=True) if self._world_size > 1 else None
 
 
@@ -234,7 +217,7 @@ def learning_rate_fraction(step: int, total: int, warmup_fraction: float) -> flo
     """Return the fraction of the peak learning rate: linear warmup, then a cosine to 1% (Loshchilov & Hutter, 2017).
 
     Args:
-        step: Number of steps before this step.
+        step: Number of completed steps.
         total: Number of all steps.
         warmup_fraction: Fraction of the steps in which the learning rate rises.
     """
@@ -260,18 +243,15 @@ def validation_steps(batches_per_epoch: int, settings: Training) -> set[int]:
     }
 
 
-# Choice of the precision: bf16 if steps of the model are clearly faster in bf16.
-#
-# Depending on the processor, a step in bf16 takes between a quarter of the time of fp32 and more time than fp32. Steps
-# in both precisions are therefore timed in turns. The fastest step of each precision counts, on the slowest rank.
+# Choice of the precision: bf16 if steps are clearly faster in bf16 on this processor. Steps in both precisions are
+# timed in turns. The fastest step of each precision counts, on the slowest rank.
 
-
-TIMING_SECONDS = 0.025  # Total duration of timing. The first step of each precision doesn't count.
+TIMING_SECONDS = 0.025  # Total duration of timing, without the first step of each precision.
 MIN_TIMED_RUNS = 3
 MIN_BF16_SPEEDUP = 1.2  # Choose bf16 if a step in fp32 takes at least this many times as long.
 _TIMED_OPERATIONS = 1.6e9  # Floating-point operations of a timed step, which takes some milliseconds on two cores.
 _FIRST_ROWS = 64
-_MAX_SLOWDOWN = 4.0  # If bf16 takes over this many times as long on a few rows, it is emulated. Stop timing it then.
+_MAX_SLOWDOWN = 4.0  # Stop timing if bf16 takes over this many times as long on a few rows. It must be emulated then.
 
 Precision = Literal["fp32", "bf16"]
 
@@ -281,9 +261,8 @@ class PrecisionChoice:
     """Precision of a run.
 
     Attributes:
-        precision: Precision of matrix products.
-        step_ms: Milliseconds of a step in each precision, on the slowest rank. Empty if nothing was measured, because
-            the settings name a precision.
+        precision: Precision of matmuls.
+        step_ms: Milliseconds of a step in each precision, on the slowest rank. Empty if the settings name a precision.
     """
 
     precision: Precision
@@ -296,7 +275,7 @@ class PrecisionChoice:
 
 
 def read_precision_choice(file: Path) -> PrecisionChoice | None:
-    """Read the choice of the precision that all runs of a comparison share. Return None if no run has made it yet.
+    """Read the precision that all runs of a comparison share. Return None if no run has chosen one yet.
 
     Raises:
         UserError: The file is damaged.
@@ -308,7 +287,7 @@ def read_precision_choice(file: Path) -> PrecisionChoice | None:
 
 
 def write_precision_choice(file: Path, precision_choice: PrecisionChoice) -> None:
-    """Write a choice of the precision for the other runs of a comparison.
+    """Write the precision of the first run of a comparison, for the other runs.
 
     Args:
         file: JSON file to write.
@@ -321,7 +300,7 @@ def choose_precision(mixture: Mixture, layout: ModelLayout, device: torch.device
     """Time steps of a model in both precisions, and choose one. All ranks must call it.
 
     Args:
-        mixture: Dense part of the model. Neither its weights nor the states of random generators change.
+        mixture: Dense part of the model, which is copied.
         layout: Layout of the model.
         device: Device to train on.
         rows: Rows of a rank's batch.
@@ -360,17 +339,15 @@ def _dense_step(mixture: Mixture, inputs: list[Tensor], precision: Precision) ->
 def time_alternatives(
     options: Mapping[str, Callable[[], object]], seconds: float, synchronize: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """Time alternatives in turns, at least `MIN_TIMED_RUNS` times each.
+    """Return the milliseconds of the fastest run of each alternative, by name.
 
-    The first run of each alternative doesn't count, because libraries initialize themselves at the first call.
+    The alternatives run in turns, at least `MIN_TIMED_RUNS` times each. The first run of each doesn't count, because
+    libraries initialize themselves at the first call.
 
     Args:
         options: Functions to time, by name.
         seconds: Total duration of timing.
-        synchronize: Function that waits until the device has finished its work, so that the clock covers all of it.
-
-    Returns:
-        Milliseconds of the fastest run, by name.
+        synchronize: Function that waits until the device has finished its work.
     """
     for run in options.values():
         run()

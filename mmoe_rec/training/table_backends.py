@@ -1,8 +1,5 @@
 """Choice of the table backend, tables in plain PyTorch for one process on a CPU, and a fix for fbgemm's CPU kernels.
 
-`SingleProcessTables` is the plain backend. Its update sorts the table rows that were looked up. It sums the gradients
-of equal rows in a deterministic order, and then updates each row once.
-
 Shapes: F inputs, B rows of a batch, D columns of a table. A bag is the list of IDs of one input in one row of a batch.
 
 Row-wise Adagrad, as in fbgemm, stores one sum of squares (momentum) for a table row w of D columns, and updates the row
@@ -60,8 +57,8 @@ def require_torchrec(what: str, instead: str = "") -> None:
     """Raise an error if torchrec isn't installed.
 
     Args:
-        what: Feature that needs torchrec, such as "a plan".
-        instead: Alternative to torchrec, as an imperative.
+        what: Subject of the message, such as "a plan".
+        instead: Alternative to installing torchrec, as an imperative such as "set it to auto".
 
     Raises:
         UserError: torchrec isn't installed, or importing it fails.
@@ -81,9 +78,6 @@ def choose_table_backend(choice: Literal["auto"] | TableBackend, device: str, ra
         device: "cpu" or "cuda".
         ranks: Number of processes that train together.
 
-    Returns:
-        The backend.
-
     Raises:
         UserError: The backend isn't available here.
     """
@@ -101,15 +95,14 @@ def choose_table_backend(choice: Literal["auto"] | TableBackend, device: str, ra
 
 
 class SingleProcessTables(nn.Module):
-    """The embedding tables of a layout, with padding columns. They contain zeros until they are filled.
+    """Embedding tables in plain PyTorch, initially zero. The backward pass updates them by row-wise Adagrad.
 
-    Weights and optimizer state have the same names as in torchrec. A run with `training.table_backend` auto can
-    therefore be resumed with or without torchrec.
+    Weights and optimizer state have the same names as in torchrec, so a checkpoint can be resumed with both backends.
 
     Attributes:
-        embedding_bags: The weights, `embedding_bags.<table>.weight`. They are buffers instead of parameters, because
-            the backward pass updates them itself.
-        momentum: Adagrad's sum of squares of each row, keyed by table.
+        embedding_bags: The weights, `embedding_bags.<table>.weight`, with padding columns. The weights are buffers
+            instead of parameters, so that no other optimizer updates them.
+        momentum: Table name -> Adagrad's sum of squares of each row.
         rate: Learning rate of the next update. Shape ().
     """
 
@@ -137,10 +130,7 @@ class SingleProcessTables(nn.Module):
         self._graph = torch.zeros(0, requires_grad=True)
 
     def forward(self, ids: KeyedIds) -> PooledEmbeddings | dict[str, Tensor]:
-        """Return the sum of each input's embeddings, from which `mean_embeddings` computes means.
-
-        The backward pass updates the tables.
-        """
+        """Return the sum of each input's embeddings, from which `mean_embeddings` computes means."""
         assert list(ids.keys) == self._names, "a batch has the inputs of its layout, in the same order"
         if not self._names:
             return {}
@@ -149,35 +139,19 @@ class SingleProcessTables(nn.Module):
         return self._keys, self._widths, self.look_up(ids.values, ids.offsets)
 
     def look_up(self, values: Tensor, offsets: Tensor) -> Tensor:
-        """Return the sum of the table rows of each bag. The backward pass updates the tables.
+        """Return the sum of the table rows of each bag, shape (B, sum of the inputs' table columns).
 
         Args:
             values: The n IDs of all bags, input by input. Shape (n,).
             offsets: Index in `values` at which each bag begins, and n at the end. Shape (F * B + 1,).
-
-        Returns:
-            The sums. Shape (B, sum of widths).
 
         Raises:
             UserError: An ID is no row of its table.
         """
         return _LookUp.apply(self._graph, self, values, offsets)
 
-    def read(self, ids: Tensor, offsets: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Look up table rows. Unlike `look_up`, this has no backward pass.
-
-        Args:
-            ids: The n IDs of all bags, input by input. Shape (n,).
-            offsets: Index in `ids` at which each bag begins, and n at the end. Shape (F * B + 1,).
-
-        Returns:
-            The sum of the table rows of each bag, shape (B, sum of the tables' widths). For `update`, also a pair of
-            arrays for each table with m lookups: the looked-up rows, shape (m,), and the index of their bags, shape
-            (m,).
-
-        Raises:
-            UserError: An ID is no row of its table.
-        """
+    def _read(self, ids: Tensor, offsets: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Return the sums of `look_up`, and for each table the looked-up rows and the index of each row's bag."""
         batch = (len(offsets) - 1) // len(self._tables)
         ends = offsets[::batch].tolist() if batch else [0] * (len(self._tables) + 1)
         _check_rows(self._tables, ids, ends)
@@ -194,17 +168,13 @@ class SingleProcessTables(nn.Module):
             lookups.append((rows, torch.arange(len(lengths)).repeat_interleave(lengths)))
         return torch.cat([sums[number] for number in range(len(self._tables))], dim=1), lookups
 
-    def update(self, lookups: Sequence[tuple[Tensor, Tensor]], gradient: Tensor) -> None:
-        """Update the rows that were looked up, by row-wise Adagrad.
-
-        Args:
-            lookups: Result of `read` for each table: its rows and their bags, both of shape (n,).
-            gradient: Gradient of the sums that `read` returned. Shape (B, sum of widths).
-        """
+    def _update(self, lookups: Sequence[tuple[Tensor, Tensor]], gradient: Tensor) -> None:
+        """Update the rows and bags that `_read` looked up once each, given the gradient of the sums."""
         parts = gradient.split(self._widths, dim=1)
         for (name, inputs), (rows, bags) in zip(self._inputs.items(), lookups, strict=True):
             if not len(rows):
                 continue
+            # Sorting makes the order in which the gradients of equal rows are added deterministic.
             ordered, order = rows.sort(stable=True)
             is_new = torch.ones(len(ordered), dtype=torch.bool)
             torch.ne(ordered[1:], ordered[:-1], out=is_new[1:])
@@ -234,18 +204,18 @@ class _LookUp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, graph: Tensor, tables: SingleProcessTables, ids: Tensor, offsets: Tensor) -> Tensor:
-        pooled, ctx.lookups = tables.read(ids, offsets)
+        pooled, ctx.lookups = tables._read(ids, offsets)
         ctx.tables = tables
         return pooled
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
-        ctx.tables.update(ctx.lookups, gradient)
+        ctx.tables._update(ctx.lookups, gradient)
         return None, None, None, None
 
 
 class RowWiseAdagrad:
-    """Optimizer of `SingleProcessTables` for code that needs one. The backward pass does the actual updates.
+    """Stand-in for an optimizer of `SingleProcessTables`, whose backward pass does the updates.
 
     As in torchrec, a new learning rate in `param_groups` takes effect at the next `zero_grad()` or `step()`.
 
@@ -286,27 +256,18 @@ class SingleProcessModel:
         return self.module(batch)
 
 
-# fbgemm chooses its kernels by the processor's features, which the library cpuinfo detects. Code in torch's libc10
-# detects them, and fbgemm reads the result from a variable of libc10. In the CUDA build of torch (the build on PyPI),
-# libtorch has a second copy of this variable, and the detection writes only this copy. fbgemm then reads an empty
-# variable and falls back to its reference loops. Table updates take ten times as long (measured with torch 2.14.1 and
-# fbgemm-gpu-cpu 1.9.0). Torch 2.11, 2.12 and 2.13 with fbgemm 1.6, 1.7 and 1.8 have only one copy.
+# fbgemm chooses its kernels by the processor's features, which it reads from a variable of torch's libc10. In the CUDA
+# build of torch (the build on PyPI), libtorch has a second copy of this variable, and torch writes the features only
+# there. fbgemm then finds no features and falls back to its reference loops. Table updates take ten times as long
+# (measured with torch 2.14.1 and fbgemm-gpu-cpu 1.9.0). Torch 2.11, 2.12 and 2.13 have only one copy.
 #
-# Remove this code when pyproject.toml requires a torch whose CUDA build has only one copy. Until then,
-# `copy_cpuinfo_to_fbgemm` does nothing in builds with one copy.
-
+# Remove this code when pyproject.toml requires a torch whose CUDA build has only one copy.
 
 _CPUINFO_VARIABLE = "cpuinfo_isa"
 
 
 def copy_cpuinfo_to_fbgemm() -> bool:
-    """Copy the processor's features to the variable that fbgemm reads, if it is empty.
-
-    Does nothing without two copies of the variable, as in torch's CPU build and on systems other than Linux.
-
-    Returns:
-        Whether anything was copied.
-    """
+    """Copy the processor's features to the variable that fbgemm reads. Return whether this was necessary."""
     if (copy := _find_copy()) is None:
         return False
     ctypes.memmove(*copy)
@@ -314,10 +275,7 @@ def copy_cpuinfo_to_fbgemm() -> bool:
 
 
 def _find_copy() -> tuple[int, int, int] | None:
-    """Find the two copies of the variable. Return None if there is only one, or if nothing must be copied.
-
-    Returns the address of the empty copy that fbgemm reads, the address of the filled copy, and their size in bytes.
-    """
+    """Return the address of the empty variable, the address of its filled copy, and their size in bytes, if any."""
     if sys.platform != "linux":
         return None
     folder = Path(torch.__file__).parent / "lib"
@@ -328,7 +286,7 @@ def _find_copy() -> tuple[int, int, int] | None:
             ctypes.addressof(ctypes.c_char.in_dll(library, _CPUINFO_VARIABLE)) for library in (c10, torch_library)
         )
         size = _size(target)
-    except (OSError, AttributeError, ValueError):  # This build has no such library, function or variable.
+    except (OSError, AttributeError, ValueError):  # This build of torch has no such library, function or variable.
         return None
     if target == source or size != _size(source) or any(ctypes.string_at(target, size)):
         return None

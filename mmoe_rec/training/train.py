@@ -1,8 +1,4 @@
-"""A training run, from settings to a registered model. Start with `train_model`.
-
-`open_workspace` opens the log, the features, the checkpoints and the model to start from, and locks them against other
-processes. It yields a `Workspace` with all of them.
-"""
+"""A training run, from settings to a registered model. Start with `train_model`."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -63,32 +59,19 @@ from mmoe_rec.training.validation import Validation, find_undertraining, validat
 
 
 @dataclass(frozen=True)
-class Workspace:
-    """Everything that a run needs on one rank (one of the processes that train together).
-
-    Attributes:
-        settings: Settings of the run.
-        folder: Folder of the run, `data.work_dir`.
-        is_first: Whether this is rank 0, which writes the results of all ranks.
-        device: Device of this rank.
-        prepared: Features.
-        manifest: Manifest of the features, a description of their files, splits and times.
-        layout: Layout of the model on the features.
-        provenance: Settings, features and starting model that the run was started with.
-        checkpoint: Checkpoint to resume from, or None.
-        weights: Weights to start from, or None for random weights.
-    """
+class _Workspace:
+    """Everything that a run needs on one rank (one of the processes that train together)."""
 
     settings: Settings
-    folder: Path
-    is_first: bool
+    folder: Path  # `data.work_dir`
+    is_first: bool  # Whether this is rank 0, which writes the results of all ranks.
     device: torch.device
     prepared: FeatureFolder
-    manifest: Mapping[str, Any]
+    manifest: Mapping[str, Any]  # Description of the features' files, splits and times.
     layout: ModelLayout
     provenance: Provenance
-    checkpoint: Checkpoint | None
-    weights: WarmStart | None
+    checkpoint: Checkpoint | None  # Checkpoint to resume from.
+    weights: WarmStart | None  # Weights to start from, None for random weights.
 
 
 def train_model(
@@ -99,8 +82,8 @@ def train_model(
     Args:
         settings: Settings of the run.
         start: URI of a model to start from. The features must exist and extend that model's features.
-        resume: Whether to resume from the last checkpoint, if there is one. If the run in the folder has finished, a
-            new run starts only if the features now reach a later day.
+        resume: Whether to resume from the last checkpoint, if there is one. After a finished run, a new run starts only
+            if the features now reach a later day.
         register: Whether to register the model.
 
     Returns:
@@ -109,8 +92,8 @@ def train_model(
     Raises:
         UserError: A setting is wrong, or another process trains in `data.work_dir`.
     """
-    with open_workspace(settings, start, resume) as workspace:
-        if not isinstance(workspace, Workspace):
+    with _open_workspace(settings, start, resume) as workspace:
+        if not isinstance(workspace, _Workspace):
             return workspace
         provenance = workspace.provenance
         with runs.open_run(
@@ -150,16 +133,16 @@ def _log_choices(run: Run, trainer: Trainer) -> None:
     run.log_all(tags=tags, files={"choices.json": values})
 
 
-def _log_start(run: Run, workspace: Workspace) -> None:
+def _log_start(run: Run, workspace: _Workspace) -> None:
     """Log the run's settings, tags and data sets to MLflow before the first step."""
     settings, manifest, start = workspace.settings, workspace.manifest, workspace.provenance.start
     if workspace.is_first:
         say(f"MLflow run: {run.url}")
     sections = {"model", "training", "split", "data", "evaluation", "serving"}
     tags = {"data.digest": manifest["digest"], "features.fingerprint": manifest["fingerprint"]}
-    tags["data.files_left_out"] = len(manifest["skipped"])  # The artifact data.json names the files and the reasons.
+    tags["data.files_left_out"] = len(manifest["skipped"])  # data.json, logged below, has the reasons.
     if start is not None:
-        # Also log the URI with the version number, because an alias such as `champion` may soon name the new model.
+        # Also log the URI with the version number, because an alias such as `champion` may soon name another model.
         tags |= {"warm_start": start.uri, "warm_start.model": start.pinned_uri}
         tags |= {"warm_start.run": start.run_id or "unknown", "warm_start.weights": start.weights_checksum}
     run.log_all(
@@ -172,30 +155,28 @@ def _log_start(run: Run, workspace: Workspace) -> None:
     run.write_section("Resumed" if "### Training\n" in run.description else "Training", command_and_rows)
 
 
-def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bool) -> FinishedRun:
-    """Write the artifact of the best step's model, register it, and write the result of the run."""
+def _finish(run: Run, workspace: _Workspace, result: TrainingResult, register: bool) -> FinishedRun:
+    """Write the model of the best step, register it, and write the result of the run."""
     settings, prepared, layout = workspace.settings, workspace.prepared, workspace.layout
     artifact = workspace.folder / "model"
     model = load_best_network(settings, prepared, result)
     run.log_text(result.plan, "sharding_plan.txt")
-    run.log_metrics(
-        {"train/rows_per_s": result.rows_per_s, "train/data_wait_fraction": result.data_wait_fraction}, result.steps
-    )
+    speed = {"train/rows_per_s": result.rows_per_s, "train/data_wait_fraction": result.data_wait_fraction}
+    run.log_metrics(speed, result.steps)
     network = None
     if settings.model.trees is not None:
-        network = validate_served(settings, prepared, model, UNCALIBRATED)
+        network = _validate_served(settings, prepared, model, UNCALIBRATED)
         run.log_metrics(network.to_metrics("network"), result.best_step)
         model.trees = grow_trees(settings, prepared, layout, model)
     calibration = calibrate(settings, prepared, model)
     if calibration.tasks:
         run.log_text(calibration.to_dict(), "calibration.json")
-    served = validate_served(settings, prepared, model, calibration)
+    served = _validate_served(settings, prepared, model, calibration)
     run.log_metrics(served.to_metrics("best"), result.best_step)
     log_gate_weights(run, layout, served.experts, "plots/gate_weights.png")
     findings = served.experts.findings([task.name for task in layout.tasks])
-    run.log_text(
-        "\n".join(findings or ["all experts are used, and no gate selects a single expert"]) + "\n", "experts.txt"
-    )
+    findings = findings or ["all experts are used, and no gate selects a single expert"]
+    run.log_text("\n".join(findings) + "\n", "experts.txt")
     write_artifact(
         artifact,
         settings=settings,
@@ -238,7 +219,7 @@ def load_best_network(settings: Settings, prepared: FeatureFolder, result: Train
 
     Args:
         settings: Settings of the run.
-        prepared: Features.
+        prepared: Folder of the features.
         result: Result of the training loop.
     """
     layout = ModelLayout.of(prepared.layout, settings)
@@ -247,20 +228,10 @@ def load_best_network(settings: Settings, prepared: FeatureFolder, result: Train
     return model
 
 
-def validate_served(
+def _validate_served(
     settings: Settings, prepared: FeatureFolder, model: RankingModel, calibration: Calibration
 ) -> Validation:
-    """Validate the served model, with its trees and calibration, on the evaluation rows.
-
-    Evaluation rows are the rows of one half of the validation users. The other half (selection rows) have selected the
-    model. If too few users have labels, all validation rows are used for both, and a note is printed.
-
-    Args:
-        settings: Settings of the run.
-        prepared: Features.
-        model: Network, with its trees.
-        calibration: Calibration of the predictions.
-    """
+    """Validate the served model on the evaluation rows, the half of the validation users that didn't select it."""
     layout, weighted = ModelLayout.of(prepared.layout, settings), settings.training.sampling_correction == "weights"
     validation = prepared.split("validation")
     rows = EncodedDataset(validation, layout, joint_labels=True, weighted=weighted, part=ValidationPart.EVALUATION)
@@ -271,12 +242,7 @@ def validate_served(
 
 @contextmanager
 def _wait_to_register(run: Run, artifact: Path) -> Iterator[None]:
-    """Send the log messages that still wait for MLflow, and then register the model within the context.
-
-    Raises:
-        StoppedError: MLflow doesn't answer. The message says how to register the model later.
-        UserError: MLflow refuses the model.
-    """
+    """Send the saved messages of a run, and add to errors of the registration how to register the model later."""
     run.flush(MAX_WAIT_SECONDS)
     fix = f"The model in '{artifact}' is complete but not registered. To register it, run the command with --resume"
     try:
@@ -298,14 +264,14 @@ def calibrate(settings: Settings, prepared: FeatureFolder, model: RankingModel) 
 
     Args:
         settings: Settings of the run.
-        prepared: Features.
+        prepared: Folder of the features.
         model: Network, with its trees.
     """
     method = settings.training.calibration
     if method == "none":
         return UNCALIBRATED
     layout = ModelLayout.of(prepared.layout, settings)
-    # Calibration weights rows as training does. Without weights, it would undo the correction for sampling.
+    # Weight rows as in training. Otherwise, calibration would undo the correction for sampling.
     weighted = settings.training.sampling_correction == "weights"
     rows = EncodedDataset(prepared.split("validation"), layout, weighted=weighted, part=ValidationPart.SELECTION)
     fitted_on = predict_for_calibration(model, layout, rows, settings.evaluation.batch_size)
@@ -315,14 +281,8 @@ def calibrate(settings: Settings, prepared: FeatureFolder, model: RankingModel) 
     return calibration
 
 
-class RunStatus(StrEnum):
-    """How `train` treats the run in `data.work_dir`.
-
-    Attributes:
-        NEW: There is no run to resume, so a new run starts.
-        RESUMED: The run continues from its last checkpoint.
-        FINISHED: The run has finished, so its result is returned.
-    """
+class _RunStatus(StrEnum):
+    """Whether a new run starts, or the run in `data.work_dir` is resumed or has already finished."""
 
     NEW = "new"
     RESUMED = "resumed"
@@ -330,22 +290,8 @@ class RunStatus(StrEnum):
 
 
 @contextmanager
-def open_workspace(
-    settings: Settings, start: str | None = None, resume: bool = False
-) -> Iterator[Workspace | FinishedRun | None]:
-    """Open everything that a run needs on this rank.
-
-    Args:
-        settings: Settings of the run.
-        start: URI of a model to start from.
-        resume: Whether to resume from the last checkpoint.
-
-    Yields:
-        The workspace. If the run had already finished: the finished run on the first rank, None on other ranks.
-
-    Raises:
-        UserError: A setting, the log or the URI is wrong, or another process uses the folder.
-    """
+def _open_workspace(settings: Settings, start: str | None, resume: bool) -> Iterator[_Workspace | FinishedRun | None]:
+    """Open and lock everything that a run needs, or yield what `train_model` returns if the run has finished."""
     inputs = BuildInputs.of(settings)
     folder, prepared = inputs.work, FeatureFolder(inputs.work / "features")
 
@@ -355,32 +301,32 @@ def open_workspace(
         has_features = find_existing_features(inputs) is not None
         for name in ("checkpoints", "model"):
             held.enter_context(write_lock(folder / name, "a training", "set `data.work_dir` to another folder"))
-        status = _decide(settings, inputs, start, has_features) if resume else RunStatus.NEW
-        if status is RunStatus.NEW and start is not None and not has_features:
+        status = _decide(settings, inputs, start, has_features) if resume else _RunStatus.NEW
+        if status is _RunStatus.NEW and start is not None and not has_features:
             raise _needs_features(folder)
-        if status is not RunStatus.FINISHED or list_unsent_runs(folder / "unsent"):
+        if status is not _RunStatus.FINISHED or list_unsent_runs(folder / "unsent"):
             check_server(settings.tracking.resolved_uri, settings.experiment, outbox_folder=folder / "unsent")
             registry.check_registry_names(
                 settings.tracking.resolved_uri, settings.registered_model, settings.tracking.alias
             )
         pinned_uri, run_id = start, None
-        if status is RunStatus.NEW and start is not None:
-            # The first rank looks the URI up for all ranks. An alias may move in between, so ranks could differ.
+        if status is _RunStatus.NEW and start is not None:
+            # Only the first rank looks up the URI. If an alias moved in the meantime, ranks would get different models.
             pinned_uri = registry.pin_model_uri(start, settings.tracking.resolved_uri)
             run_id = registry.find_run_id(pinned_uri, settings.tracking.resolved_uri)
-        if status is not RunStatus.FINISHED:
-            keep_existing = start is not None or status is RunStatus.RESUMED
+        if status is not _RunStatus.FINISHED:
+            keep_existing = start is not None or status is _RunStatus.RESUMED
             held.enter_context(lock_features(inputs, "a training", ("train", "validation"), keep_existing))
         return json.dumps([status, pinned_uri, run_id])
 
     with training_process_group(settings.training) as (device, ranks), ExitStack() as held:
         status, pinned_uri, run_id = json.loads(ranks.run_on_first_rank(open_first))
-        if status == RunStatus.FINISHED:
+        if status == _RunStatus.FINISHED:
             yield FinishedRun.read(folder) if ranks.is_first else None
             return
         manifest, layout = prepared.manifest, ModelLayout.of(prepared.layout, settings)
         checkpoint, weights = None, None
-        if status == RunStatus.RESUMED:
+        if status == _RunStatus.RESUMED:
             checkpoint = latest_checkpoint(folder / "checkpoints")
             assert checkpoint is not None, "the first rank has read it"
             provenance = checkpoint.state.provenance
@@ -397,19 +343,15 @@ def open_workspace(
                 start=source,
                 artifact_settings=artifact_settings(settings),
             )
-        yield Workspace(
+        yield _Workspace(
             settings, folder, ranks.is_first, device, prepared, manifest, layout, provenance, checkpoint, weights
         )
 
 
-def _decide(settings: Settings, inputs: BuildInputs, start: str | None, has_features: bool) -> RunStatus:
+def _decide(settings: Settings, inputs: BuildInputs, start: str | None, has_features: bool) -> _RunStatus:
     """Decide whether to resume the run in `data.work_dir`, return its result, or start a new run.
 
-    If the settings, the features or the starting model have changed, a new run starts only if the features now reach a
-    later day.
-
-    Raises:
-        UserError: The settings, features or starting model have changed, and the features don't reach a later day.
+    If settings, features or starting model have changed, raise UserError unless the features reach a later day.
     """
     checkpoints = inputs.work / "checkpoints"
     finished, checkpoint = FinishedRun.read(inputs.work), latest_checkpoint(checkpoints)
@@ -418,7 +360,7 @@ def _decide(settings: Settings, inputs: BuildInputs, start: str | None, has_feat
     elif checkpoint is not None:
         before = checkpoint.state.provenance
     else:
-        return RunStatus.NEW
+        return _RunStatus.NEW
     features, last_request_us = compute_fingerprint(inputs.logs, inputs.windows), before.last_request_us
     if not has_features and features != before.features and start is not None:
         raise _needs_features(inputs.work)
@@ -434,10 +376,10 @@ def _decide(settings: Settings, inputs: BuildInputs, start: str | None, has_feat
         is_same = checksum(weights) == before.start.weights_checksum
         difference = None if is_same else f"the model in '{start}' has changed. Restore it"
     if difference is None:
-        return RunStatus.RESUMED if finished is None else RunStatus.FINISHED
+        return _RunStatus.RESUMED if finished is None else _RunStatus.FINISHED
     if last_request_us > before.last_request_us:
         say(f"the features reach a later day than the run in '{checkpoints}': a new run starts")
-        return RunStatus.NEW
+        return _RunStatus.NEW
     raise UserError(f"the run in '{checkpoints}' can't be resumed: {difference}, or train without --resume")
 
 

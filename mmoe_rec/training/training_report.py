@@ -20,7 +20,7 @@ _METRICS = {"loss ↓": "loss", "auc ↑": "auc", "calibration → 1": "calibrat
 def validations_table(
     history: Sequence[tuple[int, Validation]], best_step: int, served: Validation, network: Validation | None = None
 ) -> Table:
-    """Build a table with a row for each validation and task, and rows of the served model at the end.
+    """Build a table with a row for each validation and task, ending with the served model.
 
     Args:
         history: Step and result of each validation of the network (without trees), in order.
@@ -45,7 +45,7 @@ def validations_table(
 
 
 def make_report(trained: FinishedRun, settings: Settings) -> Report:
-    """Build the report: validations, the reason for the selected step, warnings, and the speed.
+    """Build the report with validations, the reason for the selected step, warnings, and the speed.
 
     Args:
         trained: The finished run.
@@ -65,15 +65,12 @@ def make_report(trained: FinishedRun, settings: Settings) -> Report:
     warnings = [f"the model {about.undertraining}"] if about.undertraining else []
     warnings += find_warnings(trained.best, settings.training.calibration)
     sentences += [Sentence(warning, "warning") for warning in warnings]
-    if not settings.model.gates.rule.selects_all:  # Experts can be unused only if gates select some of them.
+    if not settings.model.gates.rule.selects_all:  # No expert can be unused if gates select all of them.
         findings = trained.best.experts.findings([task.name for task in about.tasks])
         sentences += [Sentence(finding, "note") for finding in findings]
     if trained.rows_per_s:  # The speed is unknown (0) if a resumed run had no step left.
-        speed = (
-            f"{trained.rows_per_s:,.0f} rows/s in training, {trained.data_wait_fraction:.1%} of the time "
-            "spent waiting for data"
-        )
-        sentences.append(Sentence(speed))
+        waiting = f"{trained.data_wait_fraction:.1%} of the time spent waiting for data"
+        sentences.append(Sentence(f"{trained.rows_per_s:,.0f} rows/s in training, {waiting}"))
     sentences += map(Sentence, trained.promotion_messages)
     return Report(
         title=f"Training of {settings.name}",

@@ -23,8 +23,8 @@ from mmoe_rec.model.utilization import ExpertUtilization, UtilizationAccumulator
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.losses import row_losses
 
-# The AUC is computed from counts of rows in bins of logits. Bins have a width of 1/256, between -32 and 32. The AUC is
-# exact except that rows in the same bin count as ties.
+# The AUC is computed from counts of rows in bins of logits between -32 and 32. Each bin has a width of 1/256. The AUC
+# is exact except that rows in the same bin count as ties.
 BINS_PER_UNIT = 256
 MAX_LOGIT = 32
 BINS = 2 * MAX_LOGIT * BINS_PER_UNIT
@@ -39,9 +39,9 @@ class Validation:
             (regression).
         auc: AUC of each binary task that has both classes, over the rows with an observed label of this task.
         experts: How the tasks used the experts.
-        calibration: Predicted number of positives / observed number of positives, for each binary task. Over the same
-            rows as the AUC.
-        rarer_label_rows: Number of rows with the rarer class of each binary task. Rows are not weighted here.
+        calibration: Predicted number of positives / observed number of positives, for each binary task and over the
+            same rows as the AUC.
+        rarer_label_rows: Unweighted number of rows with the rarer class of each binary task.
     """
 
     loss: dict[str, float]
@@ -51,26 +51,19 @@ class Validation:
     rarer_label_rows: dict[str, int] = field(default_factory=dict)
 
     def tasks_monitored_by_auc(self, monitor: str) -> list[str]:
-        """Return the tasks whose AUC selects the best step. They need at least `MIN_RARER_ROWS` rows of each class.
+        """Return the tasks whose AUC selects the best step: none unless `monitor` (`training.monitor`) is "auc".
 
-        Args:
-            monitor: The setting `training.monitor`. With "loss", the AUC of no task counts.
+        Each class of these tasks has at least `MIN_RARER_ROWS` rows.
         """
-        return [
-            task
-            for task in self.auc
-            if monitor == "auc" and self.rarer_label_rows.get(task, MIN_RARER_ROWS) >= MIN_RARER_ROWS
-        ]
+        rows = self.rarer_label_rows
+        return [task for task in self.auc if monitor == "auc" and rows.get(task, MIN_RARER_ROWS) >= MIN_RARER_ROWS]
 
     def objective(self, monitor: str, layout: ModelLayout) -> float:
-        """Return the value that is highest for the best step.
+        """Return the mean AUC of `tasks_monitored_by_auc`, or without such tasks the negative weighted loss.
 
         Args:
             monitor: The setting `training.monitor`.
             layout: Tasks with their loss weights.
-
-        Returns:
-            The mean AUC of `tasks_monitored_by_auc`. If there are no such tasks, the negative weighted loss.
         """
         if auc_tasks := self.tasks_monitored_by_auc(monitor):
             return sum(self.auc[task] for task in auc_tasks) / len(auc_tasks)
@@ -78,18 +71,13 @@ class Validation:
         return -sum(task.loss_weight * self.loss[task.loss_label] for task in tasks)
 
     def to_metrics(self, section: str = "validation") -> dict[str, float]:
-        """Return losses, AUCs and calibration by metric name. MLflow groups the charts of metrics by `section`."""
+        """Return losses, AUCs and calibration by metric name, such as `SECTION/TASK.auc`."""
         names = ("loss", "auc", "calibration")
         return {f"{section}/{task}.{name}": value for name in names for task, value in getattr(self, name).items()}
 
 
-class ValidationSums:
-    """Sums of a validation. They cover the batches of this rank until `all_reduce` adds the sums of other ranks.
-
-    Args:
-        layout: Names and order of the T tasks.
-        experts: Whether each task uses each of the E experts. Shape (T, E) bool.
-    """
+class _ValidationSums:
+    """Sums of a validation. They cover the batches of this rank until `all_reduce` adds the sums of other ranks."""
 
     def __init__(self, layout: Layout, experts: Tensor) -> None:
         self.layout, tasks = layout, len(layout.tasks)
@@ -101,13 +89,7 @@ class ValidationSums:
         self.utilization = UtilizationAccumulator(experts)
 
     def add(self, outputs: Outputs, batch: Batch, counted: Tensor) -> None:
-        """Add a batch that was scored without placement features.
-
-        Args:
-            outputs: Outputs of the model, on any device, with the tasks in the layout's order.
-            batch: The batch, in main memory.
-            counted: Whether each of the B rows has an observed label. Shape (B,) bool, on the device of the outputs.
-        """
+        """Add a batch in main memory, given the model's outputs and whether each row has any observed label."""
         self.utilization.add(outputs, counted)
         logits, labels, observed = outputs.logits.cpu(), batch.labels, batch.observed
         losses = row_losses(logits, labels, self.layout.tasks) * batch.observed
@@ -123,16 +105,12 @@ class ValidationSums:
         self.calibration += torch.stack([predicted.sum(0), (weights * labels.double()).sum(0)], dim=1)
 
     def all_reduce(self, device: torch.device) -> None:
-        """Add the sums of all other ranks, which are sent as tensors on `device`. All ranks must call this together."""
+        """Add the sums of all other ranks. All ranks must call this together."""
         for total in (self.counts, self.rows, self.loss, self.calibration, self.utilization.sums):
             _all_reduce(total, device)
 
     def result(self) -> Validation:
-        """Return the validation of all added rows.
-
-        Raises:
-            UserError: No row has an observed label.
-        """
+        """Return the validation of all added rows. Raise UserError if no row has an observed label."""
         if self.utilization.sums[-1] == 0:
             raise UserError("The validation split has no row with an observed label. Move split.validation_end.")
         losses = zip(self.layout.tasks, self.loss.tolist(), strict=True)
@@ -149,20 +127,16 @@ class ValidationSums:
 
 @torch.no_grad()
 def validate(
-    model: RankingModel,
-    batches: Iterable[Batch],
-    layout: Layout,
-    device: torch.device,
-    stop: StopRequest | None = None,
+    model: RankingModel, batches: Iterable[Batch], layout: Layout, device: torch.device, stop: StopRequest | None = None
 ) -> Validation | None:
     """Validate a model on the batches of all ranks, without placement features. All ranks must call this together.
 
     Args:
         model: Model to validate.
         batches: Batches of this rank, in main memory.
-        layout: Names and order of the tasks.
+        layout: Layout with the tasks.
         device: Device of the model.
-        stop: Record of a signal to stop, which is checked before every batch. None never stops.
+        stop: Signal to stop, which is read before every batch. None never stops.
 
     Returns:
         The validation over all ranks, or None as soon as any rank is asked to stop.
@@ -170,7 +144,7 @@ def validate(
     Raises:
         UserError: No row has an observed label.
     """
-    sums = ValidationSums(layout, model.experts_in_use)
+    sums = _ValidationSums(layout, model.experts_in_use)
     model.eval()
     for host_batch in batches:
         if stop is not None:
@@ -195,17 +169,14 @@ def validate_on_one_process(
     Args:
         model: Model to validate.
         rows: Encoded rows with labels.
-        layout: Names and order of the inputs and tasks.
+        layout: Layout of the model.
         batch_size: Rows per forward pass.
         calibration: Calibration to apply to the logits.
-
-    Returns:
-        The validation of all rows.
 
     Raises:
         UserError: No row has an observed label.
     """
-    sums = ValidationSums(layout, model.experts_in_use)
+    sums = _ValidationSums(layout, model.experts_in_use)
     names = [task.name for task in layout.tasks]
     model.eval()
     for part, _ in rows.stream(batch_size):
@@ -219,10 +190,7 @@ def validate_on_one_process(
 def _count(
     counts: Tensor, rows: Tensor, logits: Tensor, labels: Tensor, observed: Tensor, weights: Tensor | None
 ) -> None:
-    """Count B rows by task, class and bin of the logit.
-
-    Adds the rows' weights, shape (B,), to `counts`, shape (T, 2, BINS). Adds numbers of rows to `rows`, shape (T, 2).
-    """
+    """Add the weights of rows to `counts`, by task, class and bin of the logit, and numbers of rows to `rows`."""
     bins = ((logits.double() + MAX_LOGIT) * BINS_PER_UNIT).long().clamp(0, BINS - 1)
     for task in range(len(counts)):
         for label in (0, 1):
@@ -242,25 +210,21 @@ def _all_reduce(total: Tensor, device: torch.device) -> None:
 
 # Sentences about the validations of a run: why a step was chosen, and warnings.
 
-
 MAX_PLAUSIBLE_RATIO = 2.0  # Warn if the sums of predictions and of labels differ by more than this factor.
 _Z_95 = 1.96  # A 95% interval extends this many standard errors to both sides.
 MIN_STEPS, SHORT_RUN_STEPS = 50, 300
 MAX_LATE_GAIN = 0.005
-"""Fraction of the mean AUC or the loss. If the second half of the steps gains no more than this, there is no warning of
-a short run, because the falling learning rate always brings a small gain."""
+"""Relative gain of the AUC or the loss that is normal in the second half of the steps, because the learning rate falls.
+Only a larger gain leads to a warning that the run was too short."""
 
 
 def explain_choice(best: Validation, step: int, monitor: str) -> list[str]:
-    """Explain why a step was selected as the best, and which tasks had too few labels to have a say in it.
+    """Return a sentence about why a step was selected, and a sentence for each binary task with too few labels.
 
     Args:
         best: The best validation.
         step: Step of the best validation.
         monitor: The setting `training.monitor`.
-
-    Returns:
-        One sentence about the choice, then one for each binary task whose AUC was ignored.
     """
     how = f"{_name_objective(best, monitor)} is the {'highest' if best.tasks_monitored_by_auc(monitor) else 'lowest'}"
     ignored = [
@@ -283,14 +247,12 @@ def find_undertraining(
 ) -> str | None:
     """Return a warning if a run seems to have ended too early.
 
-    A run is too short if it has fewer than `MIN_STEPS` steps. It is also too short if its last step is the best and the
-    second half of the steps still gained more than the fraction `MAX_LATE_GAIN`. With fewer than `SHORT_RUN_STEPS`
-    steps, a gain of 0.0001 is enough. Runs that started from another model may be short, so only `MAX_LATE_GAIN` counts
-    for them.
+    A run is too short with fewer than `MIN_STEPS` steps, or if the last step is the best and the second half of the
+    steps still gained more than the fraction `MAX_LATE_GAIN`. With fewer than `SHORT_RUN_STEPS` steps, a gain of 0.0001
+    is enough. For runs that started from another model, only `MAX_LATE_GAIN` counts.
 
     Args:
-        history: Step and result of every validation, up to the last step. Step 0 exists if the run started from another
-            model, and is the validation of that model.
+        history: Step and result of every validation. Step 0, if it exists, is the model that the run started from.
         best_step: Step of the best validation.
         layout: Tasks with their loss weights.
         settings: Training settings.
@@ -318,14 +280,11 @@ def find_undertraining(
 
 
 def find_warnings(best: Validation, calibration: str) -> list[str]:
-    """Warn of tasks that rank worse than chance or implausibly well, and of badly calibrated probabilities.
+    """Return warnings of tasks that rank worse than chance or implausibly well, and of badly calibrated probabilities.
 
     Args:
         best: Validation of the served model.
         calibration: The setting `training.calibration`.
-
-    Returns:
-        One sentence for each problem.
     """
     problems = []
     advice = "train longer (training.epochs, a smaller batch_size), or set training.calibration to temperature"
