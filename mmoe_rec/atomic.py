@@ -44,7 +44,7 @@ def atomic_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
     temporary = _temporary(target)
     try:
         yield temporary
-        fsync_path(temporary)
+        _fsync_path(temporary)
         if replace:
             os.replace(temporary, target)
         else:
@@ -53,7 +53,7 @@ def atomic_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
             except OSError:  # The target exists, or the file system doesn't support hard links.
                 if not target.exists():
                     os.replace(temporary, target)
-        fsync_path(target.parent)
+        _fsync_path(target.parent)
     except OSError as error:
         error.filename = error.filename or str(path)  # The error of a full disk names no file.
         raise
@@ -102,10 +102,10 @@ def replace_folder(temporary: Path, target: Path) -> None:
     """
     with ThreadPoolExecutor(8) as pool:
         for parent, _, names in os.walk(temporary, topdown=False):
-            list(pool.map(fsync_path, (Path(parent, name) for name in names)))
-            fsync_path(Path(parent))
+            list(pool.map(_fsync_path, (Path(parent, name) for name in names)))
+            _fsync_path(Path(parent))
     _put_folder(temporary, target)
-    fsync_path(target.parent)
+    _fsync_path(target.parent)
     shutil.rmtree(temporary, ignore_errors=True)  # If both paths were swapped, this is now the old folder.
 
 
@@ -157,7 +157,7 @@ def _exchange(first: Path, second: Path) -> bool:
     return bool(renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0)
 
 
-def fsync_path(path: Path) -> None:
+def _fsync_path(path: Path) -> None:
     """Force a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

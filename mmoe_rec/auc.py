@@ -84,10 +84,7 @@ def grouped_auc(
 
 
 def _sum_before_in_group(group: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return the sum of the earlier values of the same group for each entry.
-
-    Groups are sorted, and values are at least 0.
-    """
+    """Return for each entry the sum of its group's earlier values. Groups are sorted, and values are at least 0."""
     total = values.sum()
     if total < 2**53 and (values == np.rint(values)).all():  # Float64 is exact for these sums of integers.
         before = exclusive_cumsum(values)
@@ -103,14 +100,11 @@ def _sum_before_in_group(group: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def run_index(group: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Number the runs of consecutive rows with the same group and value.
+    """Return the index of each row's run, shape (N,). A run is all rows with the same group and value.
 
     Args:
         group: Groups, shape (N,). Rows are sorted by group and value.
         value: Values, shape (N,).
-
-    Returns:
-        Index of each row's run, shape (N,).
     """
     is_new = np.ones(len(group), dtype=bool)
     is_new[1:] = (group[1:] != group[:-1]) | (value[1:] != value[:-1])
@@ -118,7 +112,7 @@ def run_index(group: np.ndarray, value: np.ndarray) -> np.ndarray:
 
 
 def run_starts(run: np.ndarray) -> np.ndarray:
-    """Return the index of the first row of each run, shape (runs,)."""
+    """Return the index of each run's first row, shape (runs,). A run is consecutive rows with equal values."""
     return np.flatnonzero(np.diff(run, prepend=-1))
 
 

@@ -96,7 +96,7 @@ def fp32_matmul_precision(precision: Literal["ieee", "tf32"], device: torch.devi
 
 @lru_cache(maxsize=256)
 def cached_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return constants as a tensor on the device. Later calls with the same arguments return the same tensor.
+    """Return constants as a tensor of shape (n,). Later calls with the same arguments return the same tensor.
 
     A new tensor at each step would have to be copied to the device, and the host would wait for the copy.
 
@@ -104,9 +104,6 @@ def cached_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch
         values: The n numbers.
         dtype: Type of the tensor.
         device: Device of the tensor.
-
-    Returns:
-        Tensor of shape (n,), shared by all callers.
     """
     import torch
 
@@ -135,11 +132,7 @@ def keeping_freed_memory() -> Iterator[None]:
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed memory in the process from now on, up to 1 GiB at the end of the heap.
-
-    Returns:
-        Whether the C library supports this.
-    """
+    """Keep up to 1 GiB of freed memory in the process. Return whether the C library supports this."""
     import pyarrow as pa
 
     libc = ctypes.CDLL(None)

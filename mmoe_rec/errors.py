@@ -91,8 +91,7 @@ def exit_with_message() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        one_line = " ".join(str(error).splitlines())
-        print(f"error: {one_line}", file=sys.stderr)
+        print("error:", *str(error).splitlines(), file=sys.stderr)
         raise SystemExit(EXIT_CODE) from None
     except StoppedError as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
@@ -112,16 +111,11 @@ Handler = Callable[[int, FrameType | None], object]
 
 
 def catch_stop_signals(handle: Handler) -> dict[signal.Signals, Any]:
-    """Call a function at each signal that asks to stop. Does nothing outside the main thread, which alone gets signals.
+    """Call `handle` at each signal that asks to stop, and return the replaced handlers.
 
-    If SIGHUP was ignored before, as under `nohup`, it stays ignored. After the first signal, SIGHUP is ignored too,
-    because both the kernel and the shell send it when a terminal closes.
-
-    Args:
-        handle: Function that receives the signal's number and the interrupted stack frame.
-
-    Returns:
-        The handlers that were replaced.
+    Outside the main thread, which alone gets signals, the function does nothing. If SIGHUP was ignored before, as under
+    `nohup`, it stays ignored. After the first signal, SIGHUP is ignored too, because both the kernel and the shell send
+    it when a terminal closes.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}

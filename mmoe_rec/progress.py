@@ -32,8 +32,7 @@ def bar(extra: str = "", shown: bool = True) -> Progress:
     """
     columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()]
     columns += [TextColumn(extra)] if extra else []
-    remaining = TimeRemainingColumn(elapsed_when_finished=True)
-    return Progress(*columns, remaining, console=console, disable=not shown)
+    return Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console, disable=not shown)
 
 
 def say(text: str) -> None:

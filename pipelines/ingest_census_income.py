@@ -91,7 +91,6 @@ _INCOMES = {"- 50000.": 0, "50000+.": 1}
 _MISSING = "?"
 _OPEN: dict[str, Callable[..., IO[str]]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open}
 
-
 LOG = pa.schema(
     [
         *(pa.field(name, kind) for name, kind in COLUMNS.items()),
@@ -165,15 +164,12 @@ def _value(name: str, text: str) -> Any:
 
 
 def ingest(source: Path, out: Path, seed: int) -> dict[str, int]:
-    """Write the table to `out`/log, replacing an existing table.
+    """Write the table to `out`/log, replacing an existing table. Return numbers of rows by split and positive labels.
 
     Args:
         source: Folder of both source files.
         out: Folder for the table.
         seed: Seed of the random choice of validation rows in the second file.
-
-    Returns:
-        Numbers of rows by split, and numbers of positive labels.
 
     Raises:
         UserError: A source file is missing or invalid.

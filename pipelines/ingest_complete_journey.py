@@ -105,16 +105,8 @@ class Selection:
     seed: int = 17
 
 
-# Requests
-
-
-def select_purchases(purchases: pa.Table, selection: Selection) -> pa.Table:
-    """Return the purchases of the selected weeks and households.
-
-    Args:
-        purchases: Purchases of all households.
-        selection: Weeks and households to select.
-    """
+def _select_purchases(purchases: pa.Table, selection: Selection) -> pa.Table:
+    """Return the purchases of the selected weeks and households."""
     week = purchases["week"]
     kept = pc.and_(pc.greater_equal(week, selection.first_week), pc.less_equal(week, selection.last_week))
     if selection.households is not None:
@@ -123,20 +115,13 @@ def select_purchases(purchases: pa.Table, selection: Selection) -> pa.Table:
     return purchases.filter(kept)
 
 
-def build_week_log(
+def _build_week_log(
     purchases: pa.Table, promotions: WeekPromotions, products: pa.Table, demographics: pa.Table, selection: Selection
 ) -> pa.Table:
-    """Build the log of one week, sorted by request time, request and product.
+    """Build the log of one week from the week's purchases, sorted as in `find_purchases`, and promotions.
 
     A request has the bought products that were on promotion, and a sample of the other products on promotion. A request
-    without a bought product gives no rows.
-
-    Args:
-        purchases: Purchases of the week, sorted as in `find_purchases`.
-        promotions: Promotions of the week.
-        products: Columns of all products.
-        demographics: Columns of the households.
-        selection: Number and seed of the sampled candidates.
+    without a bought product on promotion gives no rows. Rows are sorted by request time, request and product.
     """
     request, store, product = (to_numpy(purchases[name]) for name in ("request_id", "store_id", "product_id"))
     starts = np.flatnonzero(row_changes(request))
@@ -175,19 +160,15 @@ def build_week_log(
     return pa.table([columns[field.name] for field in LOG], schema=LOG)
 
 
-# The job
-
-
 def ingest(source: Path, out: Path, selection: Selection) -> dict[str, int]:
-    """Write the log to `out`/log and all purchases to `out`/purchases, replacing existing files.
+    """Write the log to `out`/log and all purchases to `out`/purchases. Return counts of rows, requests and labels.
+
+    Existing files are replaced.
 
     Args:
         source: Folder of the package's Parquet files.
         out: Folder for both logs.
         selection: Requests and candidates to select.
-
-    Returns:
-        Counts of rows, requests and labels.
 
     Raises:
         UserError: A source file is missing or invalid, or the selection is empty.
@@ -196,7 +177,7 @@ def ingest(source: Path, out: Path, selection: Selection) -> dict[str, int]:
     demographics = read_table(source / "demographics.parquet", DEMOGRAPHICS)
     # Labels come from all purchases, so that the selected rows are the same as in the full log.
     all_purchases = find_purchases(read_table(source / "transactions.parquet", TRANSACTIONS))
-    purchases = select_purchases(all_purchases, selection)
+    purchases = _select_purchases(all_purchases, selection)
     counts = dict.fromkeys(("rows", "requests", "bought", "rebought known", "rebought"), 0)
     # The log is moved to its path last, so that an existing log always has its purchases.
     with atomic_folder(out / "log") as folder, atomic_folder(out / "purchases") as events:
@@ -205,7 +186,7 @@ def ingest(source: Path, out: Path, selection: Selection) -> dict[str, int]:
             for week in progress.track(sorted(promotions), description="writing weeks"):
                 week_purchases = purchases.filter(pc.equal(purchases["week"], week))
                 shown = collapse_promotions(promotions.pop(week))
-                table = build_week_log(week_purchases, shown, products, demographics, selection)
+                table = _build_week_log(week_purchases, shown, products, demographics, selection)
                 if table.num_rows:
                     write_log_file(table, folder / f"week-{week:02d}.parquet")
                     counts["rows"] += table.num_rows
@@ -215,19 +196,12 @@ def ingest(source: Path, out: Path, selection: Selection) -> dict[str, int]:
                     counts["rebought"] += pc.sum(table["rebought"]).as_py() or 0
         if counts["rows"] == 0:
             raise UserError("no basket of the selected weeks and households has a promoted product. Select more.")
-        write_purchases(all_purchases, purchases, products, events)
+        _write_purchases(all_purchases, purchases, products, events)
     return {"baskets with a purchase": pc.count_distinct(purchases["request_id"]).as_py(), **counts}
 
 
-def write_purchases(all_purchases: pa.Table, selected: pa.Table, products: pa.Table, folder: Path) -> None:
-    """Write all purchases of the selected households in any week, one row for each basket and product.
-
-    Args:
-        all_purchases: Purchases of all households and weeks.
-        selected: Purchases whose households are selected.
-        products: Columns of all products.
-        folder: Folder for one file a week.
-    """
+def _write_purchases(all_purchases: pa.Table, selected: pa.Table, products: pa.Table, folder: Path) -> None:
+    """Write a file for each week with all purchases of the households that occur in `selected`."""
     households = pc.unique(selected["household_id"].combine_chunks())
     bought = all_purchases.filter(pc.is_in(all_purchases["household_id"], value_set=households))
     product = products.take(pc.index_in(bought["product_id"], value_set=products["product_id"]))

@@ -96,9 +96,6 @@ class Sessions:
     user_start: IntArray
 
 
-# Reading
-
-
 def _whole(text: str) -> int:
     if not text.isdecimal():
         raise ValueError(text)
@@ -117,16 +114,8 @@ USERS: LineFormat = {"UserID": _whole, "Gender": str, "Age": _whole, "Occupation
 MOVIES: LineFormat = {"MovieID": _whole, "Title": str, "Genres": str}
 
 
-def read_lines(path: Path, line_format: LineFormat) -> Iterator[tuple[Any, ...]]:
-    """Yield the converted fields of every line.
-
-    Args:
-        path: File with fields that are separated by `::`.
-        line_format: Names of the fields with functions that convert the text.
-
-    Raises:
-        UserError: The file is missing, or a line is invalid. The message names the file and the line number.
-    """
+def _read_lines(path: Path, line_format: LineFormat) -> Iterator[tuple[Any, ...]]:
+    """Yield the fields of every line, which `::` separates, converted by the functions in the format."""
     if not path.is_file():
         raise UserError(f"{path} is missing. Put ratings.dat, users.dat and movies.dat into the source folder.")
     with path.open(encoding="latin-1") as file:
@@ -138,13 +127,9 @@ def read_lines(path: Path, line_format: LineFormat) -> Iterator[tuple[Any, ...]]
                 raise UserError(f"{path}, line {number}: expected {'::'.join(line_format)}, found {line!r}") from None
 
 
-def read_ratings(path: Path) -> Ratings:
-    """Read ratings.dat.
-
-    Raises:
-        UserError: The file is missing, empty or invalid.
-    """
-    table = np.array(list(read_lines(path, RATINGS)), dtype=np.int64).reshape(-1, len(RATINGS))
+def _read_ratings(path: Path) -> Ratings:
+    """Read ratings.dat."""
+    table = np.array(list(_read_lines(path, RATINGS)), dtype=np.int64).reshape(-1, len(RATINGS))
     if len(table) == 0:
         raise UserError(f"{path} is empty, expected lines of {'::'.join(RATINGS)}")
     user, movie, rating, moment = table[np.lexsort((table[:, 1], table[:, 3], table[:, 0]))].T
@@ -153,13 +138,12 @@ def read_ratings(path: Path) -> Ratings:
 
 def read_users(path: Path) -> pa.Table:
     """Read users.dat as a table: user_id, gender, age and occupation (published codes), zip_code."""
-    names = ["user_id", "gender", "age", "occupation", "zip_code"]
-    return _table(names, read_lines(path, USERS))
+    return _table(["user_id", "gender", "age", "occupation", "zip_code"], _read_lines(path, USERS))
 
 
 def read_movies(path: Path) -> pa.Table:
     """Read movies.dat as a table: movie_id, title_year (null if the title doesn't end in a year), genres."""
-    rows = ((movie, _title_year(title), genres.split("|")) for movie, title, genres in read_lines(path, MOVIES))
+    rows = ((movie, _title_year(title), genres.split("|")) for movie, title, genres in _read_lines(path, MOVIES))
     return _table(["movie_id", "title_year", "genres"], rows)
 
 
@@ -173,9 +157,6 @@ def _title_year(title: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-# Requests
-
-
 def find_sessions(ratings: Ratings) -> Sessions:
     """Divide every user's ratings into sessions, at pauses of 30 minutes or more."""
     new_user = np.append(True, ratings.user[1:] != ratings.user[:-1])
@@ -187,18 +168,8 @@ def find_sessions(ratings: Ratings) -> Sessions:
     return Sessions(start[order], np.append(start[1:], len(ratings.user))[order], user_start[order])
 
 
-def draw_rows(ratings: Ratings, negatives_per_rated: int, seed: int) -> pa.Table:
-    """Build the rows of all sessions: rated movies and sampled movies.
-
-    Args:
-        ratings: All ratings.
-        negatives_per_rated: Number of sampled movies for each rated movie.
-        seed: Seed of the sampled movies.
-
-    Returns:
-        Columns request_id, request_time, user_id, movie_id, rated, liked and sampling_rate. Rows are sorted by request
-        and movie.
-    """
+def _draw_rows(ratings: Ratings, negatives_per_rated: int, seed: int) -> pa.Table:
+    """Build the rows of all sessions, rated and sampled movies, sorted by request and movie."""
     sessions = find_sessions(ratings)
     # The catalog is sorted by the time of the first rating, then movie ID.
     by_moment = np.lexsort((ratings.movie, ratings.moment))
@@ -235,11 +206,8 @@ def draw_rows(ratings: Ratings, negatives_per_rated: int, seed: int) -> pa.Table
     ).sort_by([("request_id", "ascending"), ("movie_id", "ascending")])
 
 
-# The job
-
-
 def ingest(source: Path, out: Path, negatives_per_rated: int, seed: int) -> dict[str, int]:
-    """Write the log to `out`/log, replacing an existing log.
+    """Write the log to `out`/log, replacing an existing log. Return counts of rows, requests and labels.
 
     Args:
         source: Folder of ratings.dat, users.dat and movies.dat.
@@ -247,16 +215,13 @@ def ingest(source: Path, out: Path, negatives_per_rated: int, seed: int) -> dict
         negatives_per_rated: Number of sampled movies for each rated movie.
         seed: Seed of the sampled movies, together with the user and the time of the session.
 
-    Returns:
-        Counts of rows, requests and labels.
-
     Raises:
         UserError: A source file is missing or invalid.
     """
     users, movies = read_users(source / "users.dat"), read_movies(source / "movies.dat")
-    ratings = read_ratings(source / "ratings.dat")
+    ratings = _read_ratings(source / "ratings.dat")
     with atomic_folder(out / "log") as folder:
-        rows = draw_rows(ratings, negatives_per_rated, seed)
+        rows = _draw_rows(ratings, negatives_per_rated, seed)
         user = users.take(pc.index_in(rows["user_id"], value_set=users["user_id"]))
         movie = movies.take(pc.index_in(rows["movie_id"], value_set=movies["movie_id"]))
         columns = {name: table[name] for table in (user, movie, rows) for name in table.column_names}
@@ -279,13 +244,8 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--source", type=Path, required=True, help="folder with ratings.dat, users.dat and movies.dat")
     add("--out", type=Path, required=True, help="folder in which log/ is written or replaced")
-    add(
-        "--negatives-per-rated",
-        type=non_negative,
-        default=4,
-        metavar="N",
-        help="sampled movies for each rated movie (default: %(default)s)",
-    )
+    negatives_help = "sampled movies for each rated movie (default: %(default)s)"
+    add("--negatives-per-rated", type=non_negative, default=4, metavar="N", help=negatives_help)
     add("--seed", type=non_negative, default=17, help="seed of the sampled movies (default: %(default)s)")
 
     def ingest_options(options: argparse.Namespace) -> dict[str, int]:

@@ -33,6 +33,7 @@ row number.
 import shlex
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -51,28 +52,20 @@ DEFAULT_OUT = Path("data/synthetic/log")
 REQUESTS_AT_A_TIME = 8_192
 
 
-class BinnedAuc:
+class _BinnedAuc:
     """AUC of scores in [0, 1]. Labels are counted in 10,001 bins of scores, so the memory is bounded."""
 
     def __init__(self) -> None:
         self.counts = np.zeros((2, 10_001), np.int64)
 
     def add(self, score: npt.NDArray[np.floating], label: IntArray) -> None:
-        """Count scores and labels.
-
-        Args:
-            score: Scores, shape (N,).
-            label: Labels, shape (N,). Values other than 0 and 1 are ignored.
-        """
+        """Count (N,) scores and labels. Labels other than 0 and 1 are ignored."""
         bins = np.round(score * 10_000).astype(np.int64)
         for value in (0, 1):
             self.counts[value] += np.bincount(bins[label == value], minlength=10_001)
 
     def auc(self) -> float:
-        """Return the fraction of pairs with different labels that the scores order correctly.
-
-        Ties count half. The result is NaN if there is no pair.
-        """
+        """Return the AUC, NaN if no label is 0 or no label is 1."""
         negatives, positives = self.counts
         return float(auc_of_counts(positives, negatives))
 
@@ -81,7 +74,7 @@ class Oracle:
     """AUCs of the true probabilities on the test rows of the split."""
 
     def __init__(self) -> None:
-        self.click, self.click_at_position, self.like = BinnedAuc(), BinnedAuc(), BinnedAuc()
+        self.click, self.click_at_position, self.like = _BinnedAuc(), _BinnedAuc(), _BinnedAuc()
 
     def add(self, table: pa.Table) -> None:
         """Count the rows of a table."""
@@ -90,8 +83,7 @@ class Oracle:
         self.click.add(true_click, clicked)
         odds = true_click / (1 - true_click) * np.exp(position_bias(position))
         self.click_at_position.add(odds / (1 + odds), clicked)
-        liked = table["liked"].fill_null(-1).to_numpy()
-        self.like.add(true_like, liked)
+        self.like.add(true_like, table["liked"].fill_null(-1).to_numpy())
 
     def lines(self) -> list[str]:
         """Return lines with the label, the score and the AUC."""
@@ -100,9 +92,6 @@ class Oracle:
             f"  clicked, by true_click and position  {self.click_at_position.auc():.4f}  (upper bound)",
             f"  liked if clicked, by true_like       {self.like.auc():.4f}",
         ]
-
-
-# The job
 
 
 def generate(plan: Plan, requests_at_a_time: int = REQUESTS_AT_A_TIME) -> Iterator[tuple[int, pa.Table]]:
@@ -123,25 +112,20 @@ def generate(plan: Plan, requests_at_a_time: int = REQUESTS_AT_A_TIME) -> Iterat
 
 
 def make_log(plan: Plan, out: Path, files_per_day: int = 1) -> Oracle:
-    """Write the log to a folder, replacing an existing log.
+    """Write the log to a folder, replacing an existing log. Return the oracle of the test rows.
 
     Args:
         plan: Size and seed of the log.
         out: Folder for the log.
         files_per_day: Number of files for a day's requests, of about the same size. Empty files are not written.
 
-    Returns:
-        Oracle of the test rows.
-
     Raises:
         UserError: `out` is a file, or can't be created.
     """
     oracle, edges = Oracle(), plan.first_requests()
     _, test_start, test_end = plan.split_days()
-    with atomic_folder(out) as folder, bar() as progress:
-        task = progress.add_task("writing", total=plan.rows)
-        writer: pq.ParquetWriter | None = None
-        path = None
+    with atomic_folder(out) as folder, bar() as progress, ExitStack() as open_file:
+        task, path = progress.add_task("writing", total=plan.rows), None
         for day, table in generate(plan):
             if test_start <= day < test_end:
                 oracle.add(table)
@@ -149,15 +133,12 @@ def make_log(plan: Plan, out: Path, files_per_day: int = 1) -> Oracle:
             for number in np.unique(part):
                 suffix = f"-{number + 1:03d}" if files_per_day > 1 else ""
                 name = folder / f"day-{day + 1:03d}{suffix}.parquet"
-                if writer is None or name != path:
-                    if writer is not None:
-                        writer.close()
-                    writer, path = _open(name), name
+                if name != path:
+                    open_file.close()
+                    writer, path = open_file.enter_context(_open(name)), name
                 begin, end = np.searchsorted(part, [number, number + 1])
                 writer.write_table(table.slice(begin, end - begin))
             progress.advance(task, table.num_rows)
-        if writer is not None:
-            writer.close()
     return oracle
 
 

@@ -29,15 +29,12 @@ HOUSEHOLDS = 300
 
 
 def quickstart_settings(full: bool, out: Path, overrides: Sequence[str] = ()) -> Settings:
-    """Load the settings of the quickstart.
+    """Return the settings of Complete Journey with paths below `out`.
 
     Args:
         full: Whether the log has all households. The model then has a different name.
         out: Folder of the log and of all outputs.
         overrides: Settings as on the command line, such as `["--training.epochs", "2"]`.
-
-    Returns:
-        The settings of Complete Journey with paths below `out`.
     """
     from mmoe_rec.settings.load import load_settings
 
@@ -68,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = open_console()
     started = time.perf_counter()
     console.rule("Complete Journey as an interaction log")
-    ingest_log(out, options.full)
+    _ingest_log(out, options.full)
     console.rule("Features, training, registration")
     trained = train_model(settings)
     assert trained is not None, "the quickstart runs in one process"
@@ -78,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with read_lock(work / "features", "a quickstart"):
         evaluated = evaluate_model(settings, trained.model_uri, work / "evaluation")
         if options.full:
-            results = measure_baselines(settings, work / "baselines", evaluated, "MMoE")
-            show_report(make_report(results))
+            show_report(make_report(measure_baselines(settings, work / "baselines", evaluated, "MMoE")))
         else:
             show(_describe(evaluated.summary))
     console.rule("One candidate list")
@@ -93,13 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     _next_commands(settings, trained.model_uri, example)
 
 
-def ingest_log(out: Path, full: bool) -> None:
-    """Write the log of the quickstart, unless it exists.
-
-    Args:
-        out: Folder of the log.
-        full: Whether to write all households instead of `HOUSEHOLDS`.
-    """
+def _ingest_log(out: Path, full: bool) -> None:
+    """Write the log of the quickstart with all households or with `HOUSEHOLDS`, unless the log exists."""
     from pipelines.data_sets.complete_journey import packaged_folder
     from pipelines.ingest_complete_journey import Selection, ingest
 

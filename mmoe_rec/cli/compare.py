@@ -52,14 +52,7 @@ def compare(
     from mmoe_rec.preprocessing.build_inputs import BuildInputs
 
     _ = BuildInputs.of(settings).logs  # Report a missing log before importing torch.
-    from mmoe_rec.experiments.compare import (
-        COMPARISON_FILE,
-        COMPARISON_FOLDER,
-        compare_variants,
-        list_architectures,
-        make_report,
-        parse_variants,
-    )
+    from mmoe_rec.experiments import compare as comparison
     from mmoe_rec.experiments.importance import compare_features
     from mmoe_rec.experiments.runner import BASE_VARIANT
     from mmoe_rec.report.report_files import REPORT_PAGE
@@ -67,9 +60,11 @@ def compare(
     if features:
         report = compare_features(settings, only, 0.001 if margin is None else margin, seeds)
     else:
-        variants = list_architectures(settings) if architectures else [BASE_VARIANT, *parse_variants(variant_words)]
-        report = compare_variants(settings, variants, seeds)
-    show_report(make_report(report))
-    folder = Path(settings.data.work_dir) / COMPARISON_FOLDER
-    print(f"all values: {folder / COMPARISON_FILE}")
+        variants = [BASE_VARIANT, *comparison.parse_variants(variant_words)]
+        if architectures:
+            variants = comparison.list_architectures(settings)
+        report = comparison.compare_variants(settings, variants, seeds)
+    show_report(comparison.make_report(report))
+    folder = Path(settings.data.work_dir) / comparison.COMPARISON_FOLDER
+    print(f"all values: {folder / comparison.COMPARISON_FILE}")
     print(f"report: {folder / REPORT_PAGE}")

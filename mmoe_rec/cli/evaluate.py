@@ -73,7 +73,7 @@ def evaluate(
         if split is not None:
             raise UserError("--split requires --model. Leave --split out with --predictions.")
         out = out or Path("metrics")
-        results = measure_files(settings, rules, predictions, out, compare_to, **file_options)
+        results = _measure_files(settings, rules, predictions, out, compare_to, **file_options)
     else:
         if file_option := next((name for name, value in file_options.items() if value), None):
             raise UserError(f"--{file_option.replace('_', '-')} requires --predictions. Leave it out with --model.")
@@ -99,7 +99,7 @@ def evaluate(
     print(f"report: {out / 'report.html'}")
 
 
-def measure_files(
+def _measure_files(
     settings: Settings | None,
     rules: Evaluation,
     predictions: str,
@@ -111,25 +111,7 @@ def measure_files(
     compare_to_columns: tuple[str, ...],
     keep_duplicates: bool,
 ) -> Results:
-    """Measure predictions in files, with the tasks of the settings or of the option `--tasks`.
-
-    Args:
-        settings: Settings that name the tasks, None if `tasks` names them.
-        rules: Rules of the evaluation.
-        predictions: Folder, file or glob of Parquet files.
-        out: Folder of the results.
-        compare_to: Other predictions of the same rows.
-        tasks: Tasks as typed, such as "stars:regression=0.2".
-        columns: Column names as typed, such as "request=day+basket".
-        compare_to_columns: Column names that differ in `compare_to`.
-        keep_duplicates: Whether a request may contain a candidate twice.
-
-    Returns:
-        Metrics of the predictions, with differences if `compare_to` is given.
-
-    Raises:
-        UserError: The options contradict each other, or the files don't match the tasks.
-    """
+    """Measure predictions in files, with the tasks of the settings or of the option `--tasks`."""
     if (settings is None) != bool(tasks):
         problem = "both are given" if tasks else "neither is given"
         raise UserError(f"Name the tasks with either --config C or --tasks ({problem}).")

@@ -58,13 +58,6 @@ class NumberBetween(click.FloatRange):
     """Option type for a number in a closed interval. Unlike click's type, it rejects NaN."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Convert the text of an option to a number, or fail with a message.
-
-        Args:
-            value: Text, or a number that is the default.
-            param: Option with the value.
-            ctx: Context of the command.
-        """
         number = super().convert(value, param, ctx)
         if math.isnan(number):
             self.fail(f"'{value}' is not a number", param, ctx)
@@ -80,11 +73,7 @@ overrides_argument = click.argument("overrides", nargs=-1, type=click.UNPROCESSE
 
 
 class _Command(click.Command):
-    """Command that accepts `--option A B` for a repeated option and prints its help text unchanged.
-
-    Attributes:
-        section: Section of settings that options may override, "" for all sections, None for no section.
-    """
+    """Command that accepts `--option A B` for a repeated option and prints its help text unchanged."""
 
     def __init__(self, *arguments: Any, section: str | None = None, **attributes: Any) -> None:
         super().__init__(*arguments, **attributes)
@@ -124,7 +113,8 @@ def command(doc: str | None = None, section: str | None = None) -> Callable[[Cal
 
     Args:
         doc: Text of `--help`, None for the function's docstring.
-        section: Section of settings that options may override, as in `_Command`. Needs `overrides_argument`.
+        section: Section of settings that options may override, "" for all sections, None for no section. With a
+            section, the function needs `overrides_argument`.
     """
     context = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
     any_option = {"ignore_unknown_options": section is not None}
@@ -155,14 +145,11 @@ class Configuration:
 
 
 def settings_command(doc: str | None = None, needs_file: bool = True) -> Callable[[Callable[..., None]], click.Command]:
-    """Return a decorator for commands with `--config` and overrides.
+    """Return a decorator that turns a function of a `Configuration` and options into a command with `--config`.
 
     Args:
         doc: Text of `--help`, None for the function's docstring.
-        needs_file: Whether `--config` is required. Without a file, the command gets None.
-
-    Returns:
-        Decorator of a function that takes a `Configuration` first, then its options.
+        needs_file: Whether `--config` is required. Without a file, the function gets None.
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:

@@ -85,19 +85,14 @@ def plan(
         print(f"  {table.name}: {table.rows:,} rows x {table.dim} dims, {table_bytes(table) / GIB:,.2f} GiB")
     print(f"  total: {sum(map(table_bytes, tables)) / GIB:,.1f} GiB with the optimizer")
     print(text)
-    usages = [(rank.rank, describe_rank(rank, cluster.table_budget_bytes)) for rank in ranks]
+    usages = [(rank.rank, _describe_rank(rank, cluster.table_budget_bytes)) for rank in ranks]
     print("\n".join(merge_adjacent_ranks(usages)))
     print(f"estimated time of tables in a step: {max(rank.step_ms for rank in ranks):.1f} ms")
     start = f"torchrun --nnodes {world_size // local_world_size} --nproc-per-node {local_world_size}"
     print(f"next: {start} ... -m mmoe_rec train {configuration.options()}")
 
 
-def describe_rank(rank: RankEstimate, budget_bytes: int) -> str:
-    """Describe a rank's memory and step time.
-
-    Args:
-        rank: Estimate of the rank.
-        budget_bytes: Memory available for tables and activations.
-    """
+def _describe_rank(rank: RankEstimate, budget_bytes: int) -> str:
+    """Describe a rank's memory, out of the budget for tables and activations, and its step time."""
     usage = f"{rank.total_bytes / GIB:.2f} of {budget_bytes / GIB:.2f} GiB ({rank.total_bytes / budget_bytes:.0%})"
     return f"{usage} for tables ({rank.table_bytes / GIB:.2f}) and their activations, {rank.step_ms:.2f} ms a step"

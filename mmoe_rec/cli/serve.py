@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
@@ -99,7 +99,7 @@ def serve(
     log_options = {name: value for name, value in log_options.items() if value is not None}
     if log_options and log_requests is None:
         raise UserError("--log-fraction and --log-seconds require --log-requests. Add --log-requests DIR.")
-    token = read_token(token_file)
+    token = _read_token(token_file)
     log = None if log_requests is None else RequestLogOptions(log_requests.resolve(), **log_options)
     finder = UriFinder(model, Tracking(uri=tracking_uri).resolved_uri)
     # Bind the port before loading the model, which may take minutes.
@@ -176,11 +176,11 @@ def read_serving_settings(folder: Path, overrides: Sequence[str]) -> tuple[Servi
     """Return the section `serving` for a model and the overrides that apply to later models too.
 
     Args:
-        folder: Folder of the model, whose settings come first.
+        folder: Folder of the model, whose settings the overrides change.
         overrides: Options that override settings.
 
     Returns:
-        The section, and the overridden settings that each model has of its own.
+        The section, and the overridden values of the settings that otherwise differ by model.
 
     Raises:
         UserError: An override is invalid.
@@ -191,23 +191,10 @@ def read_serving_settings(folder: Path, overrides: Sequence[str]) -> tuple[Servi
     return serving, {name: getattr(serving, name) for name in _MODEL_SETTINGS if name in overridden}
 
 
-def read_token(file: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
-    """Return the token from a file, or else from the environment.
-
-    The token is not an option, since any user of the machine can list options of processes.
-
-    Args:
-        file: File with the token, None for the environment.
-        environment: Environment variables.
-
-    Returns:
-        The token, None without file and variable.
-
-    Raises:
-        UserError: The file can't be read, or the token is empty.
-    """
+def _read_token(file: str | None) -> str | None:
+    """Return the token from the file or else the environment, if any. An option would be visible in process lists."""
     if file is None:
-        token, source = environment.get(TOKEN_VARIABLE), TOKEN_VARIABLE
+        token, source = os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE
     else:
         source = f"'{file}'"
         try:

@@ -1,8 +1,6 @@
 """Compare variants of settings over several runs, and say which variant to adopt.
 
-Start reading in `compare_variants` and `train_and_compare`.
-
-data.work_dir/comparison/comparison.json, report.html    the results
+The results are `comparison.json` and `report.html` in `data.work_dir`/comparison.
 """
 
 import json
@@ -36,7 +34,7 @@ MAX_BOTTOM_UNITS = 4096
 """Maximum units in the first layer of a shared bottom."""
 COMPARISON_FOLDER, COMPARISON_FILE = "comparison", "comparison.json"
 MetricColumns = dict[tuple[str, str], tuple[str, str]]
-"""Task and metric -> the metric in words, and whether higher or lower values are better."""
+"""Task and metric -> label of the metric in reports, and which values are better, `higher` or `lower`."""
 
 
 class MetricVerdict(StrEnum):
@@ -77,13 +75,13 @@ class MetricMean:
 
     @property
     def gain(self) -> float:
-        """Difference, positive if the variant is better, 0 if undefined."""
+        """Difference from the base variant, positive if the variant is better. 0 if undefined."""
         value = 0.0 if self.difference is None else self.difference.value or 0.0
         return value if self.better == "higher" else -value
 
     @property
     def max_drop(self) -> float | None:
-        """Largest loss within the confidence interval, None if undefined."""
+        """Largest loss in the confidence interval of the difference, at least 0. None if undefined."""
         if self.difference is None:
             return None
         end = self.difference.low if self.better == "higher" else self.difference.high
@@ -118,7 +116,7 @@ class ExperimentResult:
     """Results of variants over several runs.
 
     Attributes:
-        title: Title of the page.
+        title: Title of the report.
         seeds: Seeds of the runs.
         rows: Number of rows on which variants are compared.
         resampling_units: What the intervals resample, `users` or `rows`.
@@ -129,7 +127,7 @@ class ExperimentResult:
         notes: Sentences to show before the verdicts.
         tables: Further tables.
         warnings: Reasons to distrust the results.
-        facts: Name -> text, such as the log.
+        facts: Further facts for the report by name, such as `log`.
     """
 
     title: str
@@ -152,7 +150,7 @@ class ExperimentResult:
 
     @property
     def recommended(self) -> VariantResult | None:
-        """Variant to adopt: the best of the better variants, or the first simpler variant that loses nothing."""
+        """The best variant that is better, else the first simpler variant that loses at most `margin`, else None."""
         judged = [variant for variant in self.variants[1:] if variant.verdict_metrics]
         better = [
             variant
@@ -312,23 +310,20 @@ def save_result(runner: Runner, report: ExperimentResult) -> None:
     write_report(make_report(report, identity), runner.folder)
     for name in (COMPARISON_FILE, REPORT_PAGE):
         run.log_artifact(runner.folder / name)
-    means = {
-        re.sub(r"[^\w\-. :/]", "", f"{variant.name}/{name}"): metric.mean  # MLflow allows no other characters.
-        for variant in report.variants
-        for name, metric in variant.metric_means.items()
-        if metric.mean is not None
-    }
-    run.log_metrics(means)
-    run.write_section(
-        "Comparison", "\n\n".join([code_block(command_line()), bullet_list([report.headline, *report.sentences])])
+    run.log_metrics(
+        {
+            re.sub(r"[^\w\-. :/]", "", f"{variant.name}/{name}"): metric.mean  # MLflow allows no other characters.
+            for variant in report.variants
+            for name, metric in variant.metric_means.items()
+            if metric.mean is not None
+        }
     )
+    verdicts = bullet_list([report.headline, *report.sentences])
+    run.write_section("Comparison", f"{code_block(command_line())}\n\n{verdicts}")
 
 
 def _choose_metrics(settings: Settings, sums: EvaluationSums) -> dict[str, Metric[Any]]:
-    """Return the metric by which variants are compared in each task with enough labels.
-
-    It is `evaluation.primary_metric` if the task has this metric, else the task's guardrail metric.
-    """
+    """Return a metric for each task with enough labels: the primary metric if it applies, else the guardrail metric."""
     primary_metric = settings.evaluation.primary_metric
     primary, is_of_score = find_objective_metric(primary_metric), primary_metric.startswith(f"{SCORE}.")
     return {
@@ -348,10 +343,7 @@ def _summarize(
     means: Mapping[tuple[str, str], float | None],
     differences: Differences,
 ) -> VariantResult:
-    """Return the result of a variant with p-values not yet corrected.
-
-    A variant without some tasks is judged by each of the remaining tasks.
-    """
+    """Return a variant's result, without corrected p-values. If tasks are left out, each remaining task decides."""
     variant, metric_means = trained.variant, dict[str, MetricMean]()
     for key, (label, better) in columns.items():
         mean, difference = means.get(key), None
@@ -465,18 +457,11 @@ def _cell(metric: MetricMean | None) -> Cell:
 
 
 def _mean_cells(metric: BaseMetric, mean: RunsMean) -> list[str]:
-    """Return the cells of a metric's row.
-
-    They are the mean, its interval, the standard deviation between runs, the standard error over users, and the value
-    of each run.
-    """
+    """Return the cells of a metric's row: mean, interval, spread between runs and between users, value of each run."""
     numbers = [mean.mean, mean.std_between_runs, mean.standard_error_over_users, *mean.values]
     value, *rest = (NO_VALUE if number is None else metric.format(number) for number in numbers)
     ends = [metric.format(end) for end in (mean.low, mean.high) if end is not None]
     return [value, " to ".join(ends) or NO_VALUE, *rest]
-
-
-# The variants of a command
 
 
 def parse_variants(words: Sequence[str]) -> list[Variant]:
@@ -503,23 +488,24 @@ def parse_variants(words: Sequence[str]) -> list[Variant]:
     for name, overrides in named.items():
         if not overrides:
             raise UserError(f"--variant '{name}' changes nothing. Give it overrides, such as training.epochs=2.")
-        left_out = [word for word in overrides if word.startswith("features.") and word.endswith("=null")]
-        left_out = [word for word in left_out if word.count(".") == 1]
+        left_out = [word for word in overrides if re.fullmatch(r"features\.[^.]*=null", word)]
         features = tuple(word.removeprefix("features.").removesuffix("=null") for word in left_out)
         variants.append(Variant(name, tuple(word for word in overrides if word not in left_out), features))
     return variants
 
 
 def list_architectures(settings: Settings) -> list[Variant]:
-    """List architectures with equal budgets, each task alone, each task left out, and trees alone.
+    """List variants that compare architectures, each task alone, each task left out, and trees alone.
 
-    The first variant has the settings' own architecture, under its standard name if it has one. The settings' trees are
-    removed, because they would hide the differences. All networks have the same rows, steps and learning rates, and as
-    many units in the first layer of their experts.
+    The first variant has the settings' own architecture, under its standard name if it has one. No network is combined
+    with trees, which would hide the differences. All networks have equally many units in the experts' first layer.
     """
     current, tasks = settings.model.model_copy(update={"trees": None}), tuple(settings.tasks)
     base = () if settings.model.trees is None else ("model.trees=null",)
-    models = dict(_list_models(current, len(tasks)))
+    models = {
+        name: current.model_copy(update={"experts": experts, "gates": gates})
+        for name, experts, gates in _list_architectures(current, len(tasks))
+    }
     base_name = next((name for name, model in models.items() if model == current), "these settings")
     order = list(models)
     variants = [Variant(base_name, base)]
@@ -529,8 +515,7 @@ def list_architectures(settings: Settings) -> list[Variant]:
             variants.append(Variant(name, (*base, *_describe_change(current, model)), is_simpler=is_simpler))
     if len(tasks) > 1:
         for task in tasks:
-            removed = tuple(name for name in tasks if name != task)
-            variants.append(Variant(f"only {task}", base, without_tasks=removed))
+            variants.append(Variant(f"only {task}", base, without_tasks=tuple(name for name in tasks if name != task)))
     if len(tasks) > 2:
         variants += [Variant(f"without {task}", base, without_tasks=(task,)) for task in tasks]
     return [*variants, Variant("trees alone", base, trees_only=True)]
@@ -543,7 +528,7 @@ def _describe_change(current: Model, changed: Model) -> Iterator[str]:
             yield f"model.{section}.{name}={json.dumps(after[name])}"
 
 
-def _list_models(current: Model, tasks: int) -> Iterator[tuple[str, Model]]:
+def _list_architectures(current: Model, tasks: int) -> Iterator[tuple[str, Experts, Gates]]:
     """Yield architectures with equally many units in the first layer of their experts, the simplest first."""
     experts, gates = current.experts, current.gates
     total = experts.count + experts.task_count * tasks
@@ -562,13 +547,9 @@ def _list_models(current: Model, tasks: int) -> Iterator[tuple[str, Model]]:
     count = max(1, round(total / (tasks + 1)))
     ple = mixture.model_copy(update={"count": count, "task_count": count, "levels": 2})
     per_task, shared = (gates.model_copy(update={"per_task": value}) for value in (True, False))
-    yield "shared bottom", _replace_experts(current, bottom, per_task.model_copy(update={"dropout": 0.0}))
+    yield "shared bottom", bottom, per_task.model_copy(update={"dropout": 0.0})
     if tasks > 1:
-        yield "one gate", _replace_experts(current, mixture, shared)
-    yield "MMoE", _replace_experts(current, mixture, per_task)
+        yield "one gate", mixture, shared
+    yield "MMoE", mixture, per_task
     if tasks > 1:
-        yield "PLE", _replace_experts(current, ple, per_task)
-
-
-def _replace_experts(model: Model, experts: Experts, gates: Gates) -> Model:
-    return model.model_copy(update={"experts": experts, "gates": gates})
+        yield "PLE", ple, per_task

@@ -1,9 +1,8 @@
 """Find features that a model can do without, see `compare_features`.
 
-Permutation importance selects the features that may be removable. The inputs of a feature are replaced by the inputs
-of random rows, which keeps their distribution and removes their information (Breiman, 2001; Fisher, Rudin and Dominici,
-2019). User and context features are equal in all rows of a request, so whole requests exchange them. Features of
-candidate items are exchanged among all rows.
+Permutation importance selects the features that may be removable. It replaces the inputs of a feature by the inputs of
+random rows, which keeps their distribution and removes their information (Breiman, 2001; Fisher, Rudin and Dominici,
+2019). User and context features are equal in all rows of a request, so they are permuted among whole requests.
 
 Permutation shows only how much one trained model uses a feature. Models that are trained without the selected features
 show how much the features are worth.
@@ -47,10 +46,9 @@ from mmoe_rec.settings.schema import EventFeature, Schema
 from mmoe_rec.settings.sections import Settings
 
 MAX_ROWS = 100_000
-"""Number of validation rows to permute, from complete users."""
+"""Approximate number of validation rows to permute. All rows of a sampled user are read."""
 TARGET_PERMUTED_ROWS, MAX_REPEATS = 200_000, 10
-"""Number of permuted rows of a feature, reached by repeating the permutation at most `MAX_REPEATS` times."""
-JOINT_NAME = "the joint candidates"
+"""Intended number of permuted rows of a feature. The permutation is repeated at most `MAX_REPEATS` times for it."""
 
 
 class FeatureVerdict(StrEnum):
@@ -62,7 +60,7 @@ class FeatureVerdict(StrEnum):
 
 
 def compare_features(settings: Settings, only: Sequence[str], margin: float, seeds: int) -> ExperimentResult:
-    """Permute features on validation rows, train without features, and compare these runs on the test rows.
+    """Find removable features by permutation, train without them, and compare the runs on the test rows.
 
     Args:
         settings: Settings whose features are compared.
@@ -71,7 +69,7 @@ def compare_features(settings: Settings, only: Sequence[str], margin: float, see
         seeds: Number of runs of each variant.
 
     Raises:
-        UserError: A feature doesn't exist, or there are too few labels to judge.
+        UserError: A feature doesn't exist, or no task has enough labels.
     """
     schema = settings.schema_
     check_variants(settings, [replace(BASE_VARIANT, name="--only", without_features=tuple(only))], seeds)
@@ -98,7 +96,7 @@ def compare_features(settings: Settings, only: Sequence[str], margin: float, see
 
 
 def group_by_source(schema: Schema) -> dict[str, tuple[str, ...]]:
-    """Group features by source: values of a role, and counters or histories of a task or event log."""
+    """Return the names of the features by source, such as `values of user` or `counters of click`."""
     sources: dict[str, list[str]] = {}
     for name, feature in schema.features.items():
         source = f"values of {schema.role_of(name)}"
@@ -110,9 +108,8 @@ def group_by_source(schema: Schema) -> dict[str, tuple[str, ...]]:
 
 
 def _permute_once(runner: Runner, features: Sequence[str], margin: float) -> dict[str, Any]:
-    """Permute the features of a network with the first seed, or read the results of an earlier command."""
-    seed = runner.settings.training.seed
-    spec = runner.plan_run(BASE_VARIANT, seed)
+    """Return `permutation_importance` for the first seed, from a file if an earlier command has written it."""
+    spec = runner.plan_run(BASE_VARIANT, runner.settings.training.seed)
     file = spec.file.with_name(f"{spec.file.stem}-{digest(list(features), margin)}.json")
     if not file.exists():
         say(f"run: {spec.name}")
@@ -133,8 +130,8 @@ def permutation_importance(runner: Runner, network: Network, features: Sequence[
         margin: Largest loss of the objective that is negligible.
 
     Returns:
-        `objective` (name of the metric), `rows` (of a table, the smallest loss first), `joint` (features to leave out
-        together) and `notes` (sentences).
+        `objective`: name of the metric. `rows`: feature, loss and verdict, the smallest loss first. `joint`: features
+        to leave out together. `notes`: sentences for the report.
 
     Raises:
         UserError: No task has enough labels.
@@ -162,7 +159,7 @@ def permutation_importance(runner: Runner, network: Network, features: Sequence[
         permuted = []
         for repeat in range(repeats):
             generator = np.random.default_rng([zlib.crc32(name.encode()), repeat])
-            permuted.append(measure(permute_features(rows, request, layout, schema, features, generator)))
+            permuted.append(measure(_permute_features(rows, request, layout, schema, features, generator)))
         difference = find_differences([base], [(name, permuted)], objective, resamples, ())[(name, *OBJECTIVE)]
         return difference if objective.better == "higher" else difference.negated
 
@@ -173,10 +170,10 @@ def permutation_importance(runner: Runner, network: Network, features: Sequence[
             differences.append(measure_loss(name, [name]))
             progress.advance(step)
     losses = dict(zip(features, holm_correct(differences), strict=True))
-    names = choose_removable(losses, margin, partial(measure_loss, JOINT_NAME), find_dependents(layout))
+    names = choose_removable(losses, margin, partial(measure_loss, "the joint candidates"), _find_dependents(layout))
     table = []
     for name, loss in sorted(losses.items(), key=lambda item: item[1].value or 0.0):
-        verdict = FeatureVerdict.USED if is_significant_loss(loss) else FeatureVerdict.INCONCLUSIVE
+        verdict = FeatureVerdict.USED if _is_significant_loss(loss) else FeatureVerdict.INCONCLUSIVE
         table.append((name, loss.format(), FeatureVerdict.REMOVABLE if name in names else verdict))
     notes = ["no feature is a candidate to leave out: the model uses it, or the rows can't rule out a loss"]
     if names:
@@ -184,7 +181,7 @@ def permutation_importance(runner: Runner, network: Network, features: Sequence[
     return {"objective": objective.name, "rows": table, "joint": names, "notes": notes}
 
 
-def is_significant_loss(loss: Difference) -> bool:
+def _is_significant_loss(loss: Difference) -> bool:
     """Return whether a loss is significantly above zero."""
     return loss.is_significant and (loss.low or 0.0) > 0
 
@@ -192,14 +189,13 @@ def is_significant_loss(loss: Difference) -> bool:
 def is_negligible(loss: Difference, margin: float) -> bool:
     """Return whether the interval of a loss excludes losses above the margin.
 
-    A loss that is significantly above zero may be negligible too, because validation rows selected the state of the
-    model and so favor noise that it learned from them. The limit is then half the margin.
+    If the loss is significantly above zero, the interval must exclude losses above half the margin.
 
     Args:
         loss: Loss of features, corrected for the number of comparisons.
         margin: Largest loss that is negligible.
     """
-    return loss.high is not None and loss.high <= (margin / 2 if is_significant_loss(loss) else margin)
+    return loss.high is not None and loss.high <= (margin / 2 if _is_significant_loss(loss) else margin)
 
 
 def choose_removable(
@@ -208,7 +204,7 @@ def choose_removable(
     measure_loss: Callable[[Sequence[str]], Difference],
     dependents: Mapping[str, Sequence[str]],
 ) -> list[str]:
-    """Choose features whose joint removal is harmless. Returns an empty list if there are none.
+    """Choose features whose joint loss is negligible. Return an empty list if there are none.
 
     Args:
         losses: Losses of single features, corrected for the number of comparisons.
@@ -222,12 +218,14 @@ def choose_removable(
         (joint,) = holm_correct([measure_loss(names)])
         if is_negligible(joint, margin):
             break
-        names = names[: len(names) - max(1, len(names) // 4)]  # Features with the largest possible loss stay.
+        names = names[
+            : len(names) - max(1, len(names) // 4)
+        ]  # The model keeps the features with the largest possible losses.
     return names
 
 
-def find_dependents(layout: Layout) -> dict[str, list[str]]:
-    """Return for each feature with tables the features that also look up IDs in these tables."""
+def _find_dependents(layout: Layout) -> dict[str, list[str]]:
+    """Return the other features that look up IDs in a feature's table, for each feature with a table."""
     features = {ids.feature for ids in layout.ids}
     dependents: dict[str, list[str]] = {ids.table: [] for ids in layout.ids if ids.table in features}
     for ids in layout.ids:
@@ -236,7 +234,7 @@ def find_dependents(layout: Layout) -> dict[str, list[str]]:
     return dependents
 
 
-def permute_features(
+def _permute_features(
     rows: LabeledRows,
     request: np.ndarray,
     layout: Layout,
@@ -244,16 +242,7 @@ def permute_features(
     features: Iterable[str],
     generator: np.random.Generator,
 ) -> LabeledRows:
-    """Return the rows with the inputs of some features taken from other rows, by one permutation for all features.
-
-    Args:
-        rows: N rows.
-        request: Request of each row, shape (N,), int64 from 0.
-        layout: Layout of the inputs.
-        schema: Schema with the roles of the features.
-        features: Features to permute.
-        generator: Source of the permutations.
-    """
+    """Return N rows with the features' inputs from random rows. `request` numbers each row's request from 0, (N,)."""
     first = np.unique(request, return_index=True)[1]
     request_donors, row_donors = first[generator.permutation(len(first))][request], generator.permutation(len(rows))
     encoded = rows.encoded
@@ -269,16 +258,16 @@ def permute_features(
 
 
 def sample_rows(settings: Settings, folder: Path, layout: ModelLayout, max_rows: int) -> tuple[LabeledRows, pa.Table]:
-    """Read all rows of a random sample of users, drawn by hashes.
+    """Read all rows of a random sample of users. Users are sampled in groups with similar hashes.
 
     Args:
         settings: The settings.
         folder: Folder of the encoded rows.
         layout: Layout of the model.
-        max_rows: Approximate number of rows. At least one group of users is read.
+        max_rows: Maximum number of rows, unless the first group of users has more.
 
     Returns:
-        The rows, and a table with their IDs and other columns that are not inputs.
+        The rows, and a table with their IDs, joint outcomes and weights.
     """
     rows = EncodedDataset(folder, layout)
     no_inputs = EncodedDataset(folder, replace(layout, tables=(), ids=(), dense=(), attention=()))

@@ -1,4 +1,4 @@
-"""Train variants with several seeds, and keep the predictions of each run for the rows that compare variants.
+"""Train variants with several seeds, and keep the predictions of each run on the rows that compare variants.
 
     FOLDER/FINGERPRINT/KEY.parquet     predictions of a run, where KEY hashes everything that they depend on
     FOLDER/FINGERPRINT/choices.json    the precision that all runs share
@@ -49,7 +49,7 @@ from mmoe_rec.training.train import calibrate, load_best_network
 from mmoe_rec.training.validation import Validation, find_undertraining
 
 ValidationCallback = Callable[[Validation, int], None]
-# Key of the facts in the metadata of a Parquet file.
+# Key in the metadata of a Parquet file, under which the facts about a run are stored.
 _FACTS_KEY = b"mmoe_rec"
 
 
@@ -60,8 +60,8 @@ class Variant:
     Attributes:
         name: Name, unique within the comparison.
         overrides: Overrides of the settings, such as `model.experts.count=1`.
-        without_features: Features that the model never sees. The features of the base are reused.
-        without_tasks: Tasks that the model doesn't learn. Features made from their labels stay.
+        without_features: Features that the model doesn't read. No features are built again.
+        without_tasks: Tasks that the model doesn't learn. It keeps features that are made from labels of these tasks.
         trees_only: Whether to grow boosted trees instead of training a network.
         is_simpler: Whether the variant is worth adopting if it loses nothing.
     """
@@ -104,8 +104,8 @@ def write_run_predictions(
 
     Args:
         file: File to write.
-        tasks: Task -> predictions for the rows that compare variants.
-        score: Scores of these rows.
+        tasks: Task -> predictions for each row that compares variants.
+        score: Score of each row.
         facts: Facts about the run, stored as metadata.
     """
     table = pa.table({**tasks, "score": score}).replace_schema_metadata({_FACTS_KEY: json.dumps(facts)})
@@ -165,7 +165,7 @@ class TrainedVariant:
     facts: tuple[dict[str, Any], ...]
 
     def measure(self) -> list[EvaluationSums]:
-        """Measure each run. The sums aren't cached, because the sums of many runs would fill the memory."""
+        """Return each run's sums for metrics. They aren't cached, since the sums of many runs would fill the memory."""
         predicted = (read_run_predictions(file) for file in self.files)
         return [self.rows.with_predictions(tasks, score).sum() for tasks, score, _ in predicted]
 
@@ -282,19 +282,14 @@ class Runner:
         """
         changed = variant.apply(self.settings)
         prepared = replace(self._find_features(changed), left_out=(variant.without_features, variant.without_tasks))
-        training = changed.training.model_copy(update={"seed": seed})
-        changed = changed.model_copy(update={"training": training})
+        changed = changed.model_copy(update={"training": changed.training.model_copy(update={"seed": seed})})
         dependencies = [__version__, fixed_settings(changed), changed.training.calibration, variant.trees_only]
         dependencies += [sorted(variant.without_features), sorted(variant.without_tasks), self.split, self.part]
         key = digest(*dependencies, prepared.manifest["fingerprint"])
         return RunSpec(variant, changed, prepared, self._run_folder / f"{key}.parquet")
 
     def train_run(self, spec: RunSpec) -> Network | None:
-        """Train a run, and write its predictions of the rows that compare variants.
-
-        Returns:
-            The network, None for trees alone.
-        """
+        """Train a run and write its predictions for the rows that compare variants. Return the network, if any."""
         settings, layout, network = spec.settings, ModelLayout.of(spec.prepared.layout, spec.settings), None
         rows = EncodedDataset(spec.prepared.split(self.split), layout, part=self.part)
         with self.open_run(spec.name, spec) as run:
@@ -376,7 +371,7 @@ class Runner:
         return best.objective(self.settings.training.monitor, ModelLayout.of(self.prepared.layout, self.settings))
 
     def _train_network(self, spec: RunSpec, layout: ModelLayout, run: runs.Run) -> tuple[Network, dict[str, Any]]:
-        """Train the network of a run without saving it. Returns the network and facts about the run."""
+        """Train the network of a run without saving it. Return the network and facts about the run."""
         settings, prepared = spec.settings, spec.prepared
         result, precision = self.fit(spec, run)
         model = load_best_network(settings, prepared, result)
@@ -403,7 +398,7 @@ class Runner:
         return TrainedVariant(variant, tuple(seeds), self._rows[folder], files, facts)
 
     def _find_features(self, settings: Settings) -> FeatureFolder:
-        """Return the features of a variant, and build them if no other variant of this command has the same."""
+        """Return the features of a variant. Build them unless an earlier variant has the same features."""
         key = self._identify(settings)
         if key not in self._features:
             inputs = replace(BuildInputs.of(settings), work=self.folder / "features" / key)
@@ -419,7 +414,7 @@ class Runner:
 def _grow_trees(
     spec: RunSpec, layout: ModelLayout, rows: EncodedDataset
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Grow trees as `baselines` does. Returns predictions (N, T), scores (N,), and facts about the run."""
+    """Grow trees as the command `baselines` does. Return predictions (rows, tasks), scores (rows,) and facts."""
     settings = spec.settings
     train_rows, held_out = read_tree_inputs(settings, spec.prepared, layout)
     boosted, facts = fit_trees_per_task(settings, layout, train_rows, held_out)

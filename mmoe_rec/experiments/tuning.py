@@ -4,12 +4,11 @@
     data.work_dir/tuning/best.yaml                         the settings to use
     data.work_dir/tuning/comparison.json, report.html      the results
 
-The validation users are divided into two halves. The rows of one half (selection rows) compare trials and choose a
-candidate, which is a variant of the settings. The rows of the other half (evaluation rows) compare the candidate with
-the settings to start from.
+The rows of one half of the validation users (selection rows) compare trials and choose a candidate, which is a variant
+of the settings. The rows of the other half (evaluation rows) compare the candidate with the original settings.
 
-There are two possible candidates: the values of the best trial, and the best values according to a least-squares fit
-over all trials. The best trial may owe its result to noise. The fit uses every trial to estimate each effect.
+Two candidates are possible: the values of the best trial, and the best values by a least-squares fit over all trials.
+The best trial may owe its result to noise. The fit uses every trial to estimate each effect.
 """
 
 import itertools
@@ -44,7 +43,7 @@ MAX_FAILURES = 10
 TRIAL_SEED_OFFSET, CANDIDATE_SEED_OFFSET = 1000, 100_000
 """Offsets that are added to `training.seed` for trials, and for runs that choose a candidate."""
 SettingValues = dict[str, Any]
-# Names of user attributes of Optuna's trials.
+# Names of the attributes that the search stores with Optuna's trials.
 _REASON, _SECONDS = "reason", "seconds"
 
 
@@ -64,7 +63,7 @@ def tune_settings(settings: Settings, minutes: float | None, trials: int | None,
     require_packages("mmoe-rec tune", "tune", "optuna")
     check_variants(settings, [BASE_VARIANT], seeds)
     end = math.inf if minutes is None else time.time() + 60 * minutes
-    check_space(settings, settings.tuning.search)
+    _check_space(settings, settings.tuning.search)
     with open_runner(settings, "tune", "validation", ValidationPart.EVALUATION, TUNING_FOLDER) as runner:
         space = settings.tuning.search or default_space(settings, runner.prepared.manifest["splits"]["train"]["rows"])
         study = Study(runner, space)
@@ -73,14 +72,13 @@ def tune_settings(settings: Settings, minutes: float | None, trials: int | None,
         completed = study.completed_trials()
         effects = estimate_effects(space, completed)
         candidates = _list_candidates(settings, space, completed, effects)
-        seconds, notes = mean_seconds(finished_trials(study.study)), [study.describe()]
+        seconds, notes = mean_seconds(_finished_trials(study.study)), [study.describe()]
         variant = candidates[-1] if candidates else BASE_VARIANT
         if len(candidates) > 1 and runs_after * seconds <= end - time.time():
             variant = _choose(runner, candidates)
         elif len(candidates) > 1:
             notes.append("the time was too short for runs that compare the best trial with the fit: the fit was chosen")
-        time_left = end - time.time()
-        runs = limit_seeds(seconds, time_left, seeds) if candidates else min(seeds, MIN_CONFIRMATION_SEEDS)
+        runs = limit_seeds(seconds, end - time.time(), seeds) if candidates else min(seeds, MIN_CONFIRMATION_SEEDS)
         report = train_and_compare(runner, [BASE_VARIANT, variant] if candidates else [BASE_VARIANT], runs, 0.0)
         header = ("setting", "value", "trials", "effect")
         rows = [
@@ -123,32 +121,22 @@ def default_space(settings: Settings, rows: int) -> dict[str, SearchRange]:
     return {name: SearchRange(choices=values) for name, values in unique.items() if len(values) > 1}
 
 
-def check_space(settings: Settings, space: Mapping[str, SearchRange]) -> None:
-    """Raise UserError for a setting without any value that is valid by itself.
-
-    Args:
-        settings: Settings that the values change.
-        space: Setting -> values to try.
-    """
+def _check_space(settings: Settings, space: Mapping[str, SearchRange]) -> None:
+    """Raise UserError if all values of a setting in the search space are invalid, even without other changes."""
     for name, search in space.items():
         errors = []
         values = search.choices or (search.low, search.high)
         for value in values:
             try:
-                make_variant("tuning.search", {name: value}).apply(settings)
+                _make_variant("tuning.search", {name: value}).apply(settings)
             except UserError as error:
                 errors.append(error)
         if len(errors) == len(values):
             raise UserError(f"tuning.search: {errors[0]}")
 
 
-def make_variant(name: str, values: SettingValues) -> Variant:
-    """Return the variant that sets these values.
-
-    Args:
-        name: Name of the variant.
-        values: Setting -> value.
-    """
+def _make_variant(name: str, values: SettingValues) -> Variant:
+    """Return the variant that sets these values."""
     return Variant(name, tuple(f"{setting}={json.dumps(value)}" for setting, value in values.items()))
 
 
@@ -175,15 +163,7 @@ class Study:
     """
 
     def __init__(self, runner: Runner, space: Mapping[str, SearchRange]) -> None:
-        """Open the study, mark trials of a killed command as failed, and try the settings' own values first.
-
-        Args:
-            runner: Runner that trains the trials.
-            space: Setting -> values to try.
-
-        Raises:
-            UserError: The database is damaged.
-        """
+        """Open the study, mark trials of a killed command as failed, and try the settings' own values first."""
         import optuna
         from sqlalchemy.exc import SQLAlchemyError
 
@@ -228,7 +208,7 @@ class Study:
         """
         failures = 0
         while can_start_trial(
-            finished_trials(self.study), end - time.time(), max_reserved_seconds, trials, reserved_runs
+            _finished_trials(self.study), end - time.time(), max_reserved_seconds, trials, reserved_runs
         ):
             self.study.optimize(self._try, n_trials=1)
             reason = self.study.get_trials(deepcopy=False)[-1].user_attrs.get(_REASON)
@@ -237,10 +217,13 @@ class Study:
                 raise UserError(f"{failures} trials in a row had no result. Narrow tuning.search. The last: {reason}")
 
     def _try(self, trial: Any) -> float:
-        """Run one trial. Returns its result, NaN if the trial failed, which marks it as failed in Optuna."""
+        """Run a trial and return its result. NaN marks the trial as failed in Optuna."""
         import optuna
 
-        variant, start = make_variant(f"trial {trial.number + 1}", suggest_values(trial, self.space)), time.monotonic()
+        variant, start = (
+            _make_variant(f"trial {trial.number + 1}", _suggest_values(trial, self.space)),
+            time.monotonic(),
+        )
         result, outcome = math.nan, "stopped"
         try:
             result = self.train(trial, variant)
@@ -248,7 +231,9 @@ class Study:
         except optuna.TrialPruned:
             outcome = "pruned"
             raise
-        except UnreachableError:  # The trial isn't counted as failed, and another trial replaces it later.
+        except (
+            UnreachableError
+        ):  # MLflow can't be reached. The trial doesn't count as failed, and a later trial replaces it.
             raise
         except UserError as error:
             outcome = str(error)
@@ -259,14 +244,11 @@ class Study:
         return result
 
     def train(self, trial: Any, variant: Variant) -> float:
-        """Train the network of a trial.
+        """Train the network of a trial, and return its monitored metric on the selection rows.
 
         Args:
             trial: Optuna's trial.
             variant: Variant with the values of the trial.
-
-        Returns:
-            The monitored metric (`training.monitor`) on the selection rows.
 
         Raises:
             TrialPruned: The trial fell behind the median of the earlier trials.
@@ -296,22 +278,18 @@ class Study:
 
     def completed_trials(self) -> list[Trial]:
         """Return the trials with a result. Raises UserError if there are none."""
-        trials = [
-            Trial(decode_params(trial.params), float(trial.value))
-            for trial in finished_trials(self.study)
-            if trial.state.name == "COMPLETE"
-        ]
+        finished = _finished_trials(self.study)
+        completed = (trial for trial in finished if trial.state.name == "COMPLETE")
+        trials = [Trial(_decode_params(trial.params), float(trial.value)) for trial in completed]
         if not trials:
-            reasons = [
-                trial.user_attrs[_REASON] for trial in finished_trials(self.study) if _REASON in trial.user_attrs
-            ]
+            reasons = [trial.user_attrs[_REASON] for trial in finished if _REASON in trial.user_attrs]
             last = f" The last one: {reasons[-1]}" if reasons else ""
             raise UserError(f"no trial had a result. Give more --minutes or --trials, or narrow tuning.search.{last}")
         return trials
 
     def describe(self) -> str:
         """Describe in one clause how the trials ended."""
-        finished = finished_trials(self.study)
+        finished = _finished_trials(self.study)
         states = Counter("failed" if _REASON in trial.user_attrs else trial.state.name for trial in finished)
         best = max(trial.value for trial in finished if trial.state.name == "COMPLETE")
         return (
@@ -357,35 +335,30 @@ def limit_seeds(seconds: float, seconds_left: float, seeds: int) -> int:
     return min(seeds, max(MIN_CONFIRMATION_SEEDS, int(seconds_left / (2 * seconds))))
 
 
-def finished_trials(study: Any) -> list[Any]:
+def _finished_trials(study: Any) -> list[Any]:
     """Return the trials that completed, were pruned or failed. Interrupted trials don't count."""
     trials = study.get_trials(deepcopy=False)
     return [trial for trial in trials if trial.state.name in ("COMPLETE", "PRUNED") or _REASON in trial.user_attrs]
 
 
-def suggest_values(trial: Any, space: Mapping[str, SearchRange]) -> SettingValues:
-    """Let Optuna choose the values of a trial.
-
-    Args:
-        trial: Optuna's trial.
-        space: Setting -> values to try. Choices become JSON strings.
-    """
+def _suggest_values(trial: Any, space: Mapping[str, SearchRange]) -> SettingValues:
+    """Let Optuna choose the values of a trial from the search space. Optuna gets choices as JSON strings."""
     for name, search in space.items():
         if search.choices is not None:
             trial.suggest_categorical(name, [json.dumps(value) for value in search.choices])
         else:
-            draw = trial.suggest_int if is_integer_range(search) else trial.suggest_float
+            draw = trial.suggest_int if _is_integer_range(search) else trial.suggest_float
             draw(name, search.low, search.high, log=search.log)
-    return decode_params(trial.params)
+    return _decode_params(trial.params)
 
 
-def is_integer_range(search: SearchRange) -> bool:
+def _is_integer_range(search: SearchRange) -> bool:
     """Return whether a range contains integers only."""
     return isinstance(search.low, int) and isinstance(search.high, int)
 
 
-def decode_params(params: Mapping[str, Any]) -> SettingValues:
-    """Return the values of Optuna's parameters, where choices are JSON."""
+def _decode_params(params: Mapping[str, Any]) -> SettingValues:
+    """Convert Optuna's parameters, where choices are JSON strings, to values of settings."""
     return {name: json.loads(value) if isinstance(value, str) else value for name, value in params.items()}
 
 
@@ -419,8 +392,8 @@ def discretize(search: SearchRange, value: Any) -> str:
         value: The value.
 
     Returns:
-        The level as JSON. Each choice is a level of its own. A range has three levels of equal width (logarithmic for a
-            log range), which are named by their middles.
+        The level as JSON. Each choice is a level of its own. A range is divided into three levels of equal width, in
+        the logarithm for a log range. The middle of a level is its name.
     """
     if search.choices is not None:
         return json.dumps(value)
@@ -430,7 +403,7 @@ def discretize(search: SearchRange, value: Any) -> str:
     third = min(2, int(3 * (x - low) / (high - low)))
     middle = low + (third + 0.5) * (high - low) / 3
     middle = math.exp(middle) if search.log else middle
-    return json.dumps(round(middle) if is_integer_range(search) else float(f"{middle:.3g}"))
+    return json.dumps(round(middle) if _is_integer_range(search) else float(f"{middle:.3g}"))
 
 
 def estimate_effects(
@@ -470,10 +443,7 @@ def _list_candidates(
     trials: Sequence[Trial],
     effects: Mapping[tuple[str, str], tuple[int, float]],
 ) -> list[Variant]:
-    """Return the best trial, and the levels with the largest effects, as variants.
-
-    Values that equal the settings' own values are left out. A variant without other values is no candidate.
-    """
+    """Return the best trial, and the levels with the largest effects, as variants that change the settings."""
     levels: dict[str, str] = {}
     for (name, level), (_, effect) in effects.items():
         if name not in levels or effect > effects[name, levels[name]][1]:
@@ -484,7 +454,7 @@ def _list_candidates(
     candidates: list[Variant] = []
     for name, values in (("the best trial", best), ("the best values by the fit", fitted)):
         changed = {setting: value for setting, value in values.items() if current.get(setting, math.nan) != value}
-        variant = make_variant(name, changed)
+        variant = _make_variant(name, changed)
         try:
             variant.apply(settings)
         except UserError:  # The best levels of different settings can be incompatible.
@@ -496,8 +466,6 @@ def _list_candidates(
 
 def _choose(runner: Runner, candidates: Sequence[Variant]) -> Variant:
     """Train the candidates again with new seeds, and return the better one on the selection rows."""
-    if len(candidates) == 1:
-        return candidates[0]
     first_seed = runner.settings.training.seed + CANDIDATE_SEED_OFFSET
     trained = runner.train(candidates, range(first_seed, first_seed + SELECTION_SEEDS))
     return max(trained, key=lambda runs: float(np.mean([facts["monitored_metric"] for facts in runs.facts]))).variant

@@ -30,15 +30,9 @@ PathColumns = tuple[tuple[str, int | str | None], ...]
 
 
 class BadFile(UserError):  # noqa: N818 - named for what it is about
-    """Error about one file of a log."""
+    """Error about the file of a log at `uri`."""
 
     def __init__(self, message: str, uri: str) -> None:
-        """Create the error.
-
-        Args:
-            message: Message for the user.
-            uri: URI of the file.
-        """
         super().__init__(message)
         self.uri = uri
 
@@ -112,7 +106,9 @@ def open_parquet(uri: str, dictionary_columns: Sequence[str] = ()) -> Iterator[p
 def type_name(kind: pa.DataType) -> str | None:
     """Return the name of the canonical type `kind`, None for the null type."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if pa.types.is_list(kind):  # Leave out the name of the list's elements, which differs by writer.
+    if pa.types.is_list(
+        kind
+    ):  # Leave out the field name of the elements, which depends on the program that wrote the file.
         return f"list<{kind.value_type}>"
     return None if pa.types.is_null(kind) else str(kind)
 
@@ -166,10 +162,7 @@ def check_files(
 
 
 def _find_integers(files: Sequence[FileInfo], fitted: Mapping[str, str]) -> set[str]:
-    """Return the names of path columns (`day=7/`) that hold integers.
-
-    If features were fitted to a column, its fitted type decides. Otherwise the values in all files must be integers.
-    """
+    """Return the path columns (`day=7/`) that hold integers, by the fitted type or else by the values of all files."""
     pairs = (pair for file in files for pair in parse_path_columns(file.uri).items())
     values = [(column, value) for column, value in pairs if value is not None]
     integers = {column for column, _ in values} - {column for column, value in values if not _is_integer(value)}
@@ -212,10 +205,7 @@ def _read_footer(
 def _find_wrong_column(
     column: str, use: ColumnUse, names: Sequence[str], paths: Mapping[str, str | None]
 ) -> str | None:
-    """Return the problem if a file lacks a column, has it twice, or has a time column only in its path, else None.
-
-    `names` are the columns in the file, and `paths` are the columns in its path.
-    """
+    """Return the problem of a file with a column, if any. The file has the columns `names`, its path has `paths`."""
     if (times := names.count(column)) > 1:
         return f"has {times} columns called '{column}'. Rename all but one."
     if times or (column in paths and use != "time"):
@@ -361,8 +351,8 @@ class ValueCheck:
 
     Attributes:
         column: Name of the column.
-        wrong: Function that returns whether each row is wrong, (N,) bool.
-        says: Function that describes a wrong value in the error message.
+        wrong: Function that returns whether each of N rows is wrong, (N,) bool.
+        says: Function that returns the words about a wrong value that follow the column's name in the error message.
     """
 
     column: str

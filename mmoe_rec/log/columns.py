@@ -25,12 +25,9 @@ from mmoe_rec.settings.log_columns import ColumnUse
 from mmoe_rec.settings.schema import EventFeature, Schema
 
 UTC_MICROSECONDS = pa.timestamp("us", tz="UTC")
-
 _CODED = pa.dictionary(pa.int32(), pa.string())
-# A dictionary-coded column is decoded if its dictionary is longer than the column. Dictionaries of up to 1,024 strings
-# are always kept.
+# A dictionary-coded column is decoded if its dictionary is longer than the column and has more strings than this.
 _DICTIONARY_KEPT = 1024
-
 EXPECTED: dict[ColumnUse, str] = {
     "key": "integers or strings",
     "keys": "lists of integers or lists of strings",
@@ -50,9 +47,7 @@ _HINTS = {
 
 
 def column_uses(schema: Schema) -> dict[str, ColumnUse]:
-    """Return how `schema` uses each column that it reads from a log.
-
-    A column that is used both as a key and as a number counts as a key.
+    """Return how `schema` uses each column of a log. A column that is both a key and a number counts as a key.
 
     Raises:
         UserError: A column has contradicting uses.
@@ -156,8 +151,7 @@ def canonical_type(  # noqa: PLR0911 - one line a case reads best
             return inner if pt.is_null(inner) else pa.list_(inner)
         if use == "vector" and (_is_number(kind.value_type) or pt.is_null(kind.value_type)):
             return pa.list_(pa.float64())
-    hint = _HINTS.get((use, str(kind)), "")
-    raise UserError(f"column '{column}' must hold {EXPECTED[use]}, found {dtype}{hint}")
+    raise UserError(f"column '{column}' must hold {EXPECTED[use]}, found {dtype}{_HINTS.get((use, str(kind)), '')}")
 
 
 def element_type(kind: pa.DataType) -> pa.DataType:
@@ -236,10 +230,7 @@ def hash_column(column: pa.Array) -> np.ndarray:
 
 
 def combine_hashes(hashes: Sequence[np.ndarray]) -> np.ndarray:
-    """Return one hash for each row's combination of values, (N,) uint64.
-
-    `hashes` are the hashes of each column, (N,) uint64. Another order of the columns gives other results.
-    """
+    """Combine the `hashes` of each column, (N,) uint64, to one hash for each row. The order of the columns matters."""
     result = hashes[0]
     with np.errstate(over="ignore"):
         for column_hashes in hashes[1:]:

@@ -35,15 +35,12 @@ class Database:
         self._connection.register_filesystem(file_system(uri)[0])
 
     def create_table(self, table: str, schema: pa.Schema, batches: Iterable[pa.Table]) -> int:
-        """Create a table from Arrow tables.
+        """Create a table from Arrow tables, and return its number of rows.
 
         Args:
             table: Name of the new table.
             schema: Names and types of the columns to store.
             batches: Arrow tables with these columns.
-
-        Returns:
-            Number of rows of the new table.
         """
         rows = 0
         self._connection.register("batch", schema.empty_table())
@@ -120,9 +117,6 @@ def open_database(
         folder: Folder for temporary files. Its previous content is deleted, and so is the folder at the end.
         memory_gib: Memory limit in GiB.
         workers: Number of threads, by default one per core.
-
-    Yields:
-        The database.
 
     Raises:
         UserError: A query needs more memory, or the disk is full.

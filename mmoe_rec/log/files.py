@@ -3,8 +3,8 @@
 A URI without `://` is a local path. fsspec and the vendor's library read their own settings and credentials, such as
 AWS_PROFILE, AWS_ENDPOINT_URL or FSSPEC_S3_ANON.
 
-This module walks local folders itself and follows links, so that no file is skipped silently. Python's `glob` and
-`Path.rglob` skip unreadable folders, and `Path.rglob` also skips links to folders.
+This module walks local folders itself and follows links. Python's `glob` and `Path.rglob` would silently skip
+unreadable folders, and `Path.rglob` also links to folders.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A file of a log. `version` changes when the file is rewritten."""
+    """A file of a log. The text `version` changes when the file is rewritten."""
 
     uri: str
     bytes: int
@@ -69,8 +69,8 @@ def find_files(source: str, setting: str = "data.log") -> list[FileInfo]:
         files, is_folder = _find_remote(source)
     else:
         path = local_path(source)
-        paths, is_folder = find_local(path), os.path.isdir(path)
-        csv_files = [file for file in paths or find_local(f"{path}/**/*.csv") if file.suffix.lower() == ".csv"]
+        paths, is_folder = _find_local(path), os.path.isdir(path)
+        csv_files = [file for file in paths or _find_local(f"{path}/**/*.csv") if file.suffix.lower() == ".csv"]
         if csv_files:
             csv = csv_files[0]
             raise UserError(
@@ -85,12 +85,8 @@ def find_files(source: str, setting: str = "data.log") -> list[FileInfo]:
     return sorted(files, key=lambda file: file.uri)
 
 
-def find_local(source: str) -> list[Path]:
-    """Return the files of the local folder, glob or file `source`, an empty list if there are none.
-
-    Raises:
-        UserError: A folder can't be read, a link leads in a circle, or two paths lead to one file.
-    """
+def _find_local(source: str) -> list[Path]:
+    """Return the files of a local folder, glob or file. Raise UserError if two paths lead to the same file."""
     if os.path.isfile(source):
         return [Path(source)]
     folder, parts = split_glob(source)
@@ -111,11 +107,11 @@ def find_local(source: str) -> list[Path]:
 
 
 def source_includes(source: str, files: Sequence[Path]) -> bool:
-    """Return whether a source includes any of these local files, judged by path. The files need not exist.
+    """Return whether a folder or glob would include any of these local files, judged by their paths.
 
     Args:
         source: Folder, glob or file.
-        files: Local paths.
+        files: Local paths. The files need not exist.
     """
     if is_remote(source):
         return False
@@ -129,10 +125,7 @@ def source_includes(source: str, files: Sequence[Path]) -> bool:
 
 
 def split_glob(source: str) -> tuple[str, Sequence[str]]:
-    """Split `source` into a folder without wildcards and the remaining parts of the glob.
-
-    If `source` has no wildcard, the only remaining part is `**`, which matches all files.
-    """
+    """Split `source` into a folder without wildcards and the parts of the glob below it (`**` without wildcards)."""
     parts = Path(source).parts
     wild = [number for number, part in enumerate(parts) if _MAGIC & set(part)]
     if not wild or os.path.isdir(source):
@@ -170,7 +163,7 @@ def _walk(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
 
 
 def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
-    """Return whether `_walk` would yield a file, from the `names` in its path below the folder. No names match."""
+    """Return whether `_walk` would yield the file whose path below the folder has these `names`. No names match too."""
     return not names or any(_matches(names[1:], rest) for rest in _below(names[0], len(names) > 1, parts))
 
 
@@ -215,18 +208,17 @@ AnyFile = TypeVar("AnyFile", bound=FileInfo)
 
 
 def compute_checksums(files: Sequence[AnyFile]) -> dict[AnyFile, str | None]:
-    """Return the checksum of each file, see `compute_checksum`. Threads read several files at the same time."""
-    with ThreadPoolExecutor(MAX_OPEN_FILES) as pool:
-        return dict(zip(files, pool.map(compute_checksum, files), strict=True))
-
-
-@lru_cache(4096)  # a command may compare features with the log several times
-def compute_checksum(file: FileInfo) -> str | None:
-    """Return a fingerprint of the bytes of `file`, 32 hexadecimal digits, or None if it can't be read.
+    """Return a checksum of each file, 32 hexadecimal digits, or None if the file can't be read.
 
     Raises:
         UserError: A remote file system can't be reached.
     """
+    with ThreadPoolExecutor(MAX_OPEN_FILES) as pool:
+        return dict(zip(files, pool.map(_compute_checksum, files), strict=True))
+
+
+@lru_cache(4096)  # a command may compare features with the log several times
+def _compute_checksum(file: FileInfo) -> str | None:
     digest = hashlib.blake2b(digest_size=16)
     try:
         with open_file(file.uri) as opened:
@@ -285,10 +277,7 @@ def file_system(uri: str) -> tuple[Any, str]:
 
 
 def _s3_defaults() -> dict[str, Any]:
-    """Return S3 options that limit retries, since botocore's default retries take minutes.
-
-    If the user has configured S3 connections or retries, return no options.
-    """
+    """Return S3 options against botocore's retries of several minutes, none if the user has configured connections."""
     has_config = any(conf.get(protocol, {}).get("config_kwargs") for protocol in ("s3", "s3a"))
     if has_config or {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
         return {}

@@ -63,13 +63,8 @@ class LogPart:
     pieces: tuple[Piece, ...]
 
 
-def split_into_parts(files: Sequence[LogFile], rows_per_part: int) -> list[LogPart]:
-    """Cut files between row groups into parts.
-
-    Args:
-        files: Files of the log, in order.
-        rows_per_part: Minimum number of rows of a part, except the last part.
-    """
+def _split_into_parts(files: Sequence[LogFile], rows_per_part: int) -> list[LogPart]:
+    """Cut files between row groups into parts of at least `rows_per_part` rows, except the last part."""
     parts: list[LogPart] = []
     groups: list[tuple[LogFile, int]] = []
     start, rows = 0, 0
@@ -129,16 +124,13 @@ class LogReader:
         return [check for check in log_value_checks(self.schema, self.max_time) if check.column in self.uses]
 
     def read(self, part: LogPart, spans: dict[str, tuple[int, int]] | None = None) -> Iterator[LogRows]:
-        """Yield a part's checked rows in canonical types.
+        """Yield a part's checked rows in canonical types, in batches of at most `READ_BATCH_ROWS` rows.
 
-        Rows of an event log are converted as in `event_rows`.
+        Rows of an event log are converted by `event_rows`.
 
         Args:
             part: Rows to read.
-            spans: Dictionary to fill with the first and last time of each file's rows, in microseconds.
-
-        Yields:
-            Batches of at most `READ_BATCH_ROWS` rows.
+            spans: Dictionary to fill: URI of a file -> first and last time of its rows, in microseconds since 1970 UTC.
 
         Raises:
             BadFile: A file is damaged, changed or invalid.
@@ -186,7 +178,7 @@ class LogReader:
 
 
 def find_bad_file(task: tuple[LogReader, Piece]) -> BadFile | None:
-    """Read the piece of `task` to its end and return the file's error, None for a good file."""
+    """Read row groups to their end and return the file's error, if any. `task` is from `Log.pieces`."""
     reader, piece = task
     try:
         for _ in reader.read(LogPart(0, piece.rows, (piece,))):
@@ -226,7 +218,7 @@ class Log:
 
     Attributes:
         name: Name of an event log, None for the interaction log.
-        found_files: All files in the source, usable or not, by URI.
+        found_files: All files of the log by URI, usable or not.
         files: Usable files.
         types: Canonical types of the columns.
         skipped: Unusable files, with the reasons.
@@ -281,7 +273,7 @@ class Log:
 
     def parts(self, rows_per_part: int = ROWS_PER_PART) -> list[LogPart]:
         """Return parts of at least `rows_per_part` rows (except the last), cut between row groups."""
-        return split_into_parts(self.files, rows_per_part)
+        return _split_into_parts(self.files, rows_per_part)
 
     def stream(self) -> Iterator[LogRows]:
         """Yield all rows in order, in batches of the reader."""
@@ -296,7 +288,7 @@ class Log:
                 raise _changed(file.uri)
 
     def pieces(self, reader: LogReader | None = None) -> list[tuple[LogReader, Piece]]:
-        """Return arguments for `find_bad_file`: every piece of every file, with `reader` or else the log's reader."""
+        """Return an argument of `find_bad_file` for each piece of each file, with `reader` or else the log's reader."""
         return [(reader or self.reader, piece) for part in self.parts() for piece in part.pieces]
 
     def without_bad_files(self, faults: Iterable[BadFile | None]) -> Self:
@@ -350,7 +342,7 @@ def no_usable_files_error(source: str, skipped: Sequence[SkippedFile]) -> UserEr
 
     Args:
         source: Folder, file or glob of the log.
-        skipped: Unusable files with reasons.
+        skipped: Unusable files, at least one.
     """
     first = min(skipped, key=lambda file: file.uri)
     return UserError(f"the log '{source}' has no usable file among {len(skipped)}. The first problem: {first.reason}")

@@ -45,13 +45,12 @@ def to_python_list(values: Any) -> Any:
             values = values.astype("datetime64[us]")
         return values.tolist()
     if hasattr(values, "isna") and hasattr(values, "tolist"):
-        pairs = zip(values.tolist(), values.isna(), strict=True)
-        return [None if missing else value for value, missing in pairs]
+        return [None if missing else value for value, missing in zip(values.tolist(), values.isna(), strict=True)]
     return values
 
 
 def numpy_to_python(value: Any) -> Any:
-    """Replace numpy numbers and arrays in the option `value` by Python numbers and lists."""
+    """Convert numpy numbers and arrays in `value`, also nested ones, to Python numbers and lists."""
     if isinstance(value, Mapping):
         return {name: numpy_to_python(nested) for name, nested in value.items()}
     if isinstance(value, list | tuple):
@@ -69,7 +68,7 @@ def to_arrow(
     time_unit: str | None = None,
     allow_booleans: bool = False,
 ) -> pa.Array:
-    """Convert values to an Arrow array in the column's canonical type.
+    """Convert values to an Arrow array of the column's canonical type, or of the null type if all values are null.
 
     With `log_type`, every value is accepted or rejected on its own. Without it, all values must have one common type.
 
@@ -80,9 +79,6 @@ def to_arrow(
         log_type: Canonical type of the column in the log, None if unknown.
         time_unit: Unit of integers in a time column. None if the log has timestamps, so that integers have no unit.
         allow_booleans: Whether to accept true and false as 1 and 0.
-
-    Returns:
-        Array of shape (N,). If all values are null, it has the null type.
 
     Raises:
         RequestError: A value has another type. The error names the column, the expected type and the value's type.
@@ -108,7 +104,7 @@ def to_arrow(
         array = canonicalize(column, use, array)
     except (*_NOT_ARROW, UserError):
         raise _mismatch(column, values, wanted) from None
-    check_finite(column, array)
+    _check_finite(column, array)
     if log_type is not None and not pt.is_null(array.type) and element_type(array.type) != element_type(log_type):
         raise _mismatch(column, values, wanted)
     return array
@@ -162,13 +158,8 @@ def _kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def check_finite(column: str, array: pa.Array) -> None:
-    """Raise RequestError for NaN or infinity in a column, and for null within a vector.
-
-    Args:
-        column: Name of the column, for messages.
-        array: Values in the canonical type.
-    """
+def _check_finite(column: str, array: pa.Array) -> None:
+    """Raise RequestError for NaN or infinity in a column, and for null within a vector."""
     numbers = array.flatten() if pt.is_list(array.type) else array
     if pt.is_floating(numbers.type) and not np.isfinite(numbers.drop_null().to_numpy(zero_copy_only=False)).all():
         raise RequestError(f"column '{column}' holds NaN or infinity. Use null for a missing number.")

@@ -1,7 +1,5 @@
 """Rows of a log, or of requests, in canonical types, with caches for repeated reads by features.
 
-User and context columns of a request are stored once and repeated for the request's candidates on demand.
-
 A task with `conditional_on` has two labels. Its own label is observed only in rows where the label of the
 `conditional_on` task is 1. Its joint outcome (engaged and satisfied, as in ESMM: Ma et al., SIGIR 2018) is observed in
 all rows, and is 0 without engagement.
@@ -113,14 +111,11 @@ class LogRows:
         return one_array(self.table.column(name))
 
     def apply(self, name: str, function: ColumnFunction) -> np.ndarray:
-        """Apply an elementwise function to a column.
+        """Return the results of an elementwise function of a column, shape (N,).
 
         Args:
             name: Name of the column.
             function: Elementwise function of an Arrow array as `raw_column` returns it.
-
-        Returns:
-            Values of shape (N,).
         """
         return function(self.raw_column(name))
 
@@ -147,9 +142,9 @@ class LogRows:
         return self._lookups[key]
 
     def times(self, name: str | None = None) -> np.ndarray:
-        """Return a time column as (N,) int64 microseconds since 1970 UTC.
+        """Return column `name`, by default the request time, as (N,) int64 microseconds since 1970 UTC.
 
-        Null becomes the smallest int64. The default column is the request time.
+        Null becomes the smallest int64.
         """
         if name not in self._times:
             column = self.column(name or self.schema.columns.time)
@@ -169,8 +164,7 @@ class LogRows:
             if columns.request_scope == "log":
                 return self.column(columns.request)
             return pa.array(self.hashes([columns.user, columns.request]).view(np.int64))
-        hashed = self.hashes([columns.user])
-        return pa.array(combine_hashes([hashed, self.times().view(np.uint64)]).view(np.int64))
+        return pa.array(combine_hashes([self.hashes([columns.user]), self.times().view(np.uint64)]).view(np.int64))
 
     def request_hashes(self) -> np.ndarray:
         """Return (N,) uint64 hashes of the request ids."""
@@ -184,7 +178,7 @@ class LogRows:
         return combine_hashes([self.request_hashes(), self.hashes([self.schema.columns.candidate])])
 
     def labels(self, task: Task, label_cutoff: int) -> np.ndarray:
-        """Return a task's labels, with NaN for unobserved labels.
+        """Return a task's labels, (N,) float64, with NaN for unobserved labels.
 
         A label is unobserved if it is null, excluded by `observed_when`, or not final at `label_cutoff`, or if the
         label of the `conditional_on` task is not 1.
@@ -192,9 +186,6 @@ class LogRows:
         Args:
             task: Task of the schema.
             label_cutoff: Time in microseconds since 1970 UTC.
-
-        Returns:
-            Labels of shape (N,) and type float64.
         """
         labels = self.numbers(task.label)
         observed = self.times() + label_delay(task, self.schema) <= label_cutoff
@@ -214,14 +205,11 @@ class CachedColumn:
         self._cache: dict[ColumnFunction, np.ndarray] = {}
 
     def apply(self, function: ColumnFunction, indices: np.ndarray) -> np.ndarray:
-        """Return the function's results for selected values.
+        """Return an elementwise function's results for selected values, shape (N,).
 
         Args:
             function: Elementwise function.
             indices: Indices of the values, (N,) int64. -1 selects null.
-
-        Returns:
-            Results of shape (N,).
         """
         if function not in self._cache:
             self._cache[function] = np.append(function(self.values), function(pa.nulls(1, self.values.type)))
@@ -236,8 +224,7 @@ class CachedValues:
         column: Stored values.
         indices: Index of each value in the column, (N,) int64. -1 stands for null or for the value in `fallback`.
         fallback: All N values. None if index -1 stands for null.
-        seen: Whether the value has occurred in the log or in events, (N,) bool. The column may lack such a value. None
-            if the column has all of them.
+        seen: Whether each value has occurred in the log or in events, (N,) bool. None if `column` has all such values.
     """
 
     column: CachedColumn
@@ -272,8 +259,8 @@ class CachedValues:
 class ServingRows(LogRows):
     """N rows of canonical columns for serving.
 
-    A request has few rows, but counters and histories have many events. Each row's lookup is therefore searched on its
-    own. `LogRows` sorts all lookups first, which is faster for many rows.
+    A request has few rows, so each row is looked up in counters and histories on its own. `LogRows` sorts all lookups
+    first, which is faster for many rows.
     """
 
     _make_lookups = staticmethod(Lookups.one_per_row)
@@ -310,7 +297,7 @@ class ServingRows(LogRows):
 
 
 class RequestRows(ServingRows):
-    """N candidates of R requests."""
+    """N candidates of R requests. Columns of user and context are stored once a request and repeated on demand."""
 
     def __init__(
         self, shared: ServingRows, columns: Mapping[str, pa.Array | CachedValues], request_index: np.ndarray
@@ -378,9 +365,7 @@ def _numbers(column: pa.Array) -> np.ndarray:
 
 
 def label_delay(task: Task, schema: Schema) -> int:
-    """Return the microseconds from a request until a task's label is final.
-
-    The label is not final before the label of the `conditional_on` task.
+    """Return the microseconds from a request until a task's label, and that of its `conditional_on` task, are final.
 
     Args:
         task: Task of the schema.
@@ -411,7 +396,7 @@ _FOREVER = np.iinfo(np.int64).max
 
 
 def compute_labels(rows: LogRows, label_cutoff: int) -> dict[str, np.ndarray]:
-    """Return the labels of all tasks and joint outcomes.
+    """Return labels by task or joint outcome, (N,) float64, with NaN for unobserved labels.
 
     A joint outcome is unobserved until the satisfaction label is final, even without engagement. Otherwise recent rows
     would contribute zeros before ones, and satisfaction would seem too low.
@@ -419,9 +404,6 @@ def compute_labels(rows: LogRows, label_cutoff: int) -> dict[str, np.ndarray]:
     Args:
         rows: N rows.
         label_cutoff: Time in microseconds since 1970 UTC. Labels that are not final at this time are unobserved.
-
-    Returns:
-        Labels of shape (N,) and type float64 by task or joint outcome, with NaN for unobserved labels.
     """
     tasks = rows.schema.tasks
     labels = {name: rows.labels(task, label_cutoff) for name, task in tasks.items()}
@@ -435,14 +417,11 @@ def compute_labels(rows: LogRows, label_cutoff: int) -> dict[str, np.ndarray]:
 
 
 def pending_labels(rows: LogRows, label_cutoff: int) -> dict[str, int]:
-    """Count the labels in the log that were not final at a time.
+    """Return each task's number of labels in the log that were not final at a time.
 
     Args:
         rows: Rows of the log.
-        label_cutoff: Time in microseconds since 1970 UTC.
-
-    Returns:
-        Number of these labels by task.
+        label_cutoff: The time, in microseconds since 1970 UTC.
     """
     counts = {}
     for name, task in rows.schema.tasks.items():
@@ -496,14 +475,11 @@ def reject_plain_table(schema: Schema, operation: str) -> None:
 
 
 def split_indices(column: pa.ChunkedArray | pa.Array, split: SplitColumn) -> np.ndarray:
-    """Return the index of each row's split in `SPLITS`.
+    """Return the index of each row's split in `SPLITS`, (N,) int64. It is -1 for values that the settings don't list.
 
     Args:
         column: Values of the split column.
         split: Settings that list the values of each split.
-
-    Returns:
-        Indices of shape (N,) and type int64, -1 for unlisted values.
 
     Raises:
         UserError: The settings list text for a numeric column, or numbers for a text column.

@@ -30,10 +30,7 @@ def _schema(required: dict[str, pa.DataType], texts: tuple[str, ...] = ()) -> pa
 
 
 INT64 = pa.int64()
-PROMOTIONS = _schema(
-    {"product_id": INT64, "store_id": INT64, "week": INT64},
-    ("display_location", "mailer_location"),
-)
+PROMOTIONS = _schema({"product_id": INT64, "store_id": INT64, "week": INT64}, ("display_location", "mailer_location"))
 TRANSACTIONS = _schema(
     {
         **dict.fromkeys(("household_id", "store_id", "basket_id", "product_id", "quantity", "week"), INT64),
@@ -65,9 +62,6 @@ def packaged_folder() -> Path:
     return Path(spec.submodule_search_locations[0], "data")
 
 
-# Files
-
-
 def read_table(path: Path, schema: pa.Schema, keep: Callable[[pa.Table], pa.Table] = lambda rows: rows) -> pa.Table:
     """Read a Parquet file in parts.
 
@@ -91,9 +85,6 @@ def read_table(path: Path, schema: pa.Schema, keep: Callable[[pa.Table], pa.Tabl
     except (pa.ArrowException, OSError, KeyError) as error:
         raise UserError(f"{path} can't be read as Parquet ({error}). Get a fresh copy of the file.") from error
     return pa.concat_tables(parts, promote_options="permissive")
-
-
-# Purchases and the satisfaction label
 
 
 def find_purchases(transactions: pa.Table) -> pa.Table:
@@ -134,9 +125,6 @@ def find_purchases(transactions: pa.Table) -> pa.Table:
     return labeled.set_column(1, "request_time", labeled["request_time"].cast(REQUEST_TIME))
 
 
-# Promotions
-
-
 @dataclass(frozen=True)
 class WeekPromotions:
     """Promotions of one week, one row for each pair of store and product, sorted by store and product.
@@ -153,14 +141,11 @@ class WeekPromotions:
 
 
 def read_promotions(path: Path, purchases: pa.Table) -> dict[int, pa.Table]:
-    """Read the promotions of all weeks and stores with a purchase.
+    """Return the promotions of each week, of the stores with a purchase in that week.
 
     Args:
         path: Path of the promotions.
         purchases: Purchases with week and store.
-
-    Returns:
-        Promotions by week.
     """
     keys = ["week", "store_id"]
     visited = purchases.group_by(keys).aggregate([])

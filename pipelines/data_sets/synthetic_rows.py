@@ -157,42 +157,16 @@ class Catalog:
         arrival = np.where(late, plan.uniform("candidate arrives", index), 0).astype(np.float32)
         return Catalog(category, brand, price, quality, craft.astype(np.float32), arrival)
 
-    def prices_on(self, plan: Plan, day: int, candidate: IntArray) -> FloatArray:
-        """Return the prices of candidates on a day, shape (N,).
 
-        Args:
-            plan: Size and seed of the log.
-            day: Number of the day.
-            candidate: Candidates, shape (N,).
-        """
-        price = self.price[candidate]
-        discounted = plan.uniform("offer", candidate + day * plan.candidates) < 0.2
-        return np.where(discounted, np.round(0.8 * price, 2), price)
-
-
-def request_times(plan: Plan, day: int, request: IntArray, first: int, end: int) -> npt.NDArray[np.int64]:
-    """Return the rising times of requests, in microseconds since 1970.
-
-    Args:
-        plan: Size and seed of the log.
-        day: Number of the day.
-        request: Requests of the day, shape (Q,).
-        first: First request of the day.
-        end: First request of the next day.
-    """
+def _request_times(plan: Plan, day: int, request: IntArray, first: int, end: int) -> npt.NDArray[np.int64]:
+    """Return the rising times of requests in microseconds since 1970. The day's requests are first to end - 1."""
     fraction = (request - first + plan.uniform("time", request)) / (end - first)
     hours = np.interp(fraction, np.append(0.0, np.cumsum(HOURLY)) / HOURLY.sum(), np.arange(25.0))
     return START.astype(np.int64) + ((24 * day + hours) * 3_600_000_000).astype(np.int64)
 
 
-def draw_users(plan: Plan, request: IntArray, elapsed: npt.NDArray[np.float64]) -> IntArray:
-    """Draw the user of each request, shape (Q,).
-
-    Args:
-        plan: Size and seed of the log.
-        request: Requests, shape (Q,).
-        elapsed: Fraction of the log before each request, shape (Q,).
-    """
+def _draw_users(plan: Plan, request: IntArray, elapsed: npt.NDArray[np.float64]) -> IntArray:
+    """Draw the user of each request, shape (Q,). `elapsed` is the fraction of the log before each request."""
     # A user's number of requests falls with the square root of the user's rank. The offset limits the number to fifty
     # times the mean.
     root = 0.01 + plan.uniform("user", request) * (np.sqrt(1.0001) - 0.01)
@@ -201,17 +175,11 @@ def draw_users(plan: Plan, request: IntArray, elapsed: npt.NDArray[np.float64]) 
     return user - late
 
 
-def draw_candidates(plan: Plan, catalog: Catalog, request: IntArray, elapsed: npt.NDArray[np.float64]) -> IntArray:
+def _draw_candidates(plan: Plan, catalog: Catalog, request: IntArray, elapsed: npt.NDArray[np.float64]) -> IntArray:
     """Draw 12 distinct candidates for each of Q requests, shape (Q, 12), sorted by quality plus noise, best first.
 
     Popular candidates are drawn more often. Each of 12 slots draws one candidate. Slot s draws from the
     candidates s, s + 12, s + 24 and so on, so a request has no candidate twice.
-
-    Args:
-        plan: Size and seed of the log.
-        catalog: Candidates of the plan.
-        request: Requests, shape (Q,).
-        elapsed: Fraction of the log before each request, shape (Q,).
     """
     index = request[:, None] * SLOTS + np.arange(SLOTS)
     ranks = (plan.candidates - np.arange(SLOTS) + SLOTS - 1) // SLOTS
@@ -222,14 +190,8 @@ def draw_candidates(plan: Plan, catalog: Catalog, request: IntArray, elapsed: np
     return np.take_along_axis(candidate, np.argsort(-rating, axis=1), axis=1)
 
 
-def affinities(plan: Plan, user: IntArray, country: IntArray) -> FloatArray:
-    """Return the affinity of each request's user for each category, shape (Q, 40).
-
-    Args:
-        plan: Size and seed of the log.
-        user: User of each request, shape (Q,).
-        country: Country of each user, shape (Q,).
-    """
+def _affinities(plan: Plan, user: IntArray, country: IntArray) -> FloatArray:
+    """Return the affinity of each request's user for each category, shape (Q, 40)."""
     style = plan.normal("style", np.arange(CATEGORIES * TASTES)).reshape(CATEGORIES, TASTES)
     parts = np.arange(TASTES)
     own = plan.normal("taste", user[:, None] * TASTES + parts)
@@ -249,9 +211,9 @@ def make_rows(plan: Plan, catalog: Catalog, day: int, begin: int, stop: int) -> 
     """
     first, end = (int(edge) for edge in plan.first_requests()[day : day + 2])
     request = np.arange(begin, stop)
-    moment = request_times(plan, day, request, first, end)
+    moment = _request_times(plan, day, request, first, end)
     elapsed = (moment - START.astype(np.int64)) / (plan.days * 86_400e6)
-    user = draw_users(plan, request, elapsed)
+    user = _draw_users(plan, request, elapsed)
     country = (len(COUNTRIES) * plan.uniform("country", user) ** 1.5).astype(np.int64)
     draws = plan.uniform("device", request), plan.uniform("own device", user)
     # Four in five requests come from the device that the user prefers.
@@ -262,12 +224,13 @@ def make_rows(plan: Plan, catalog: Catalog, day: int, begin: int, stop: int) -> 
     shift = (REQUESTS_PER_ROUND * plan.uniform("size", request // REQUESTS_PER_ROUND)).astype(np.int64)
     size = MIN_SLOTS + (2 * request + shift) % REQUESTS_PER_ROUND
     at, slot = np.nonzero(np.arange(SLOTS) < size[:, None])
-    candidate = draw_candidates(plan, catalog, request, elapsed)[at, slot]
+    candidate = _draw_candidates(plan, catalog, request, elapsed)[at, slot]
     row = request[at] * SLOTS + slot
     category = catalog.category[candidate]
-    affinity = affinities(plan, user, country)[at, category]
+    affinity = _affinities(plan, user, country)[at, category]
     hidden = plan.uniform("hidden price", row) < 0.03
-    price = catalog.prices_on(plan, day, candidate)
+    price, has_discount = catalog.price[candidate], plan.uniform("offer", candidate + day * plan.candidates) < 0.2
+    price = np.where(has_discount, np.round(0.8 * price, 2), price)
     price_effect = np.where(hidden, np.float32(0), -0.4 * np.log(price / np.float32(20)))
     click_logit = -1.6 + affinity + catalog.quality[candidate] + price_effect + circumstances[at]
     click = plan.uniform("click", row) < expit(click_logit + position_bias(slot + 1))
