@@ -4,10 +4,9 @@ docs/explanation/intervals-and-promotion.md explains the rule of `decide`. Holm'
 the metrics in tables for the number of metrics and models. The p-value of `evaluation.primary_metric` is corrected for
 the number of models alone, because this metric was chosen before anything was measured.
 
-A metric averaged over S runs varies with the runs and with the sample of users. Its variance is therefore (variance
-between runs) / S + variance over users. The second part is estimated by a bootstrap of the mean, with the same
-resampled users in all runs. The interval is Student's t, with degrees of freedom by Welch and Satterthwaite. The
-interval of a difference between two settings is computed in the same way.
+A metric averaged over S runs varies with the runs and with the sample of users. The variance of the average is
+therefore (variance between runs) / S + variance over users. The second term comes from a bootstrap of the average, with
+the same resampled users in all runs. The interval is Student's t, with degrees of freedom by Welch and Satterthwaite.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -32,21 +31,20 @@ from mmoe_rec.evaluation.metrics import metrics_for_kind
 from mmoe_rec.evaluation.metrics.metric import distance_from_one
 from mmoe_rec.evaluation.slices import SliceRecord, compare_slices
 from mmoe_rec.evaluation.summary import OBJECTIVE, SCORE, BootstrapMetrics, MeasuredModel, Objective, Summary, nest
-from mmoe_rec.evaluation.sums import EvaluationSums, check_same_rows, count_minority
+from mmoe_rec.evaluation.sums import EvaluationSums, count_minority, describe_row_mismatch
 from mmoe_rec.report.formatting import format_signed
 from mmoe_rec.settings.sections import Evaluation
 from mmoe_rec.task_kinds import KINDS
 
-# Maximum number of slices that a message lists.
-MAX_LISTED_SLICES = 3
+MAX_LISTED_SLICES = 3  # maximum number of slices that a message lists
 SLICE_RESAMPLES = 200  # enough for standard errors within 5%
 
 
 class Outcome(StrEnum):
-    """Outcome of a comparison in the objective, the metric that decides.
+    """Outcome of a comparison in the objective, which is the metric that decides.
 
-    `BLOCKED` means that the model is better, but a guardrail failed. `UNDECIDED` means that there is no objective, or
-    that it is undefined or has no interval.
+    `BLOCKED`: The model is better, but a guardrail failed.
+    `UNDECIDED`: There is no objective, or the objective is undefined or has no interval.
     """
 
     BETTER = "better"
@@ -58,11 +56,11 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Guardrail:
-    """Result of one guardrail.
+    """Result of one guardrail, a limit that a better model must also keep.
 
     Attributes:
-        task: Name of the task, None for slices.
-        metric: `auc` or `r2` (loss of a task), `calibration` (of a task) or `slices` (losses of slices).
+        task: Name of the task, None for the guardrail of slices.
+        metric: `slices`, or the metric of the task: `auc`, `r2` or `calibration`.
         passed: Whether the guardrail passed.
         message: Sentence about the result.
     """
@@ -78,7 +76,7 @@ class ModelDifferences:
     """Differences between a model and a reference model.
 
     Attributes:
-        objective: Difference in the objective, the metric that decides.
+        objective: Difference in the metric that decides.
         groups: Task or `score` -> metric -> difference.
     """
 
@@ -123,17 +121,17 @@ def compare(
     rules: Evaluation,
     slices: Sequence[SliceRecord] = (),
 ) -> Comparison:
-    """Compare a model with all others in all metrics, and decide as `decide` does.
+    """Compare a model with all other models in all metrics, and decide as `decide` does.
 
-    Tasks that only one model predicts are left out. The `score` is left out if the models' rows differ in relevance,
-    because they were measured with other weights of tasks.
+    Tasks that only one of two models predicts are left out. The `score` is left out if the models were measured with
+    different weights of tasks, because the relevance of rows then differs.
 
     Args:
         models: Name -> measured model.
         model: Name of the model to judge.
         tasks: Tasks that may decide.
         rules: Settings of the decision.
-        slices: Slices that the guardrail checks.
+        slices: Slices that a guardrail checks.
 
     Raises:
         UserError: The rows differ, or `rules` names an unknown metric.
@@ -142,7 +140,7 @@ def compare(
     references = {name: measured.sums for name, measured in models.items() if name != model}
     objective = Objective.from_setting(rules.primary_metric, model_sums, tasks)
     single_runs = ((name, [sums]) for name, sums in references.items())
-    by_reference = correct_differences(
+    by_reference = _correct_differences(
         model_sums, find_differences([model_sums], single_runs, objective, rules.resamples, name=model), references
     )
     labels = {task: count_minority(model_sums, task) for task in tasks}
@@ -172,59 +170,48 @@ def find_differences(
 ) -> Differences:
     """Compare the mean metrics of several runs with means of other settings, without correcting p-values.
 
-    If either settings have a single run, the intervals cover the sample of users alone. Tasks that are not measured
-    for both settings are left out. The score is left out if the settings weigh tasks differently.
+    If one side has a single run, intervals only cover the sample of users. Tasks that only one side measures are left
+    out, and so is the score if the two sides weigh tasks differently.
 
     Args:
         sums: Sums of the runs.
-        others: Names of other settings with the sums of the runs. Only one item is in memory at a time.
+        others: Pairs of the name of other settings and the sums of their runs. Only one pair is in memory at a time.
         objective: Metric that decides, None for no decision.
         resamples: Number of bootstrap resamples.
-        metrics: Metrics to compare besides the objective's, None for all.
-        name: Name of the settings that are compared.
-
-    Returns:
-        Differences by (other settings, task or `score`, metric).
+        metrics: Metrics to compare in addition to the objective, None for all.
+        name: Name of the compared settings in errors.
 
     Raises:
         UserError: The runs were measured on different rows.
     """
-    means = bootstrap_mean(sums, resamples, objective, metrics)
+    means = _bootstrap_mean(sums, resamples, objective, metrics)
     differences: Differences = {}
     for reference, reference_sums in others:
         for run_sums in reference_sums:
-            check_same_rows(name, sums[0], reference, run_sums)
-        reference_means = bootstrap_mean(reference_sums, resamples, objective, metrics)
+            if (mismatch := describe_row_mismatch(sums[0], run_sums)) is not None:
+                raise UserError(
+                    f"'{name}' and '{reference}' were not measured on the same rows ({mismatch}): differences of "
+                    "models need the same requests and candidates, with the same labels"
+                )
+        reference_means = _bootstrap_mean(reference_sums, resamples, objective, metrics)
         excluded = {SCORE} if _weights_of_tasks(sums[0]) != _weights_of_tasks(reference_sums[0]) else set[str]()
         if excluded and objective is not None and SCORE in objective.groups:
             excluded.add(OBJECTIVE[0])
         for key in (key for key in means if key in reference_means and key[0] not in excluded):
             (values, estimate), (reference_values, reference_estimate) = means[key], reference_means[key]
-            sides = (values, reference_values)
-            run_variances = [
-                (side.var(ddof=1) / len(side), len(side) - 1) for side in sides if min(map(len, sides)) > 1
-            ]
+            sides = (values, reference_values) if min(len(values), len(reference_values)) > 1 else ()
+            run_variances = [(side.var(ddof=1) / len(side), len(side) - 1) for side in sides]
             differences[reference, *key] = compute_difference(estimate, reference_estimate, run_variances)
     return differences
 
 
-def bootstrap_mean(
+def _bootstrap_mean(
     sums: Sequence[EvaluationSums],
     resamples: int,
     objective: Objective | None = None,
     metrics: Collection[str] | None = None,
 ) -> dict[MetricKey, tuple[np.ndarray, Estimate]]:
-    """Compute the metrics of runs, and bootstrap the mean over runs.
-
-    Args:
-        sums: Sums of S runs.
-        resamples: Number of bootstrap resamples.
-        objective: Metric that decides, None for no decision.
-        metrics: Metrics besides the objective's, None for all.
-
-    Returns:
-        Task or `score` and metric -> values of the runs (S,), and the bootstrapped mean.
-    """
+    """Return the values (S,) of each metric in S runs, and the bootstrapped mean over the runs."""
     runs = [BootstrapMetrics(run_sums, objective, metrics) for run_sums in sums]
 
     def mean_of(counts: np.ndarray) -> Replicates:
@@ -249,7 +236,7 @@ def decide(
         model: Name of the model.
         other: Name of the reference model.
         objective: Metric that decides, None if no task has enough labels.
-        differences: Differences of the model from the reference.
+        differences: Differences of the model from the reference model.
         guardrails: Results of the guardrails.
     """
     difference, both = differences.objective, f"'{model}' and '{other}'"
@@ -280,30 +267,25 @@ def decide(
 
 
 def check_guardrails(
-    differences: ModelDifferences, summaries: Mapping[str, Summary], judged: Sequence[str], rules: Evaluation
+    differences: ModelDifferences, summaries: Mapping[str, Summary], eligible_tasks: Sequence[str], rules: Evaluation
 ) -> Iterator[Guardrail]:
-    """Check two guardrails for each task with enough labels: its guardrail metric and its calibration.
+    """Check two guardrails for each task: the loss in a metric (`guardrail_metric`), and the calibration ratio.
 
-    Calibration passes unless it is significantly beyond the limit, and further from 1 than the reference model's.
+    Calibration fails if the ratio is significantly beyond the limit, and further from 1 than for the reference model.
 
     Args:
-        differences: Differences between the model and the reference.
-        summaries: Model name -> summary. The first entry is the model, and the second is the reference.
-        judged: Tasks with enough labels.
+        differences: Differences between the model and the reference model.
+        summaries: Model name -> summary. The first entry is the model, the second is the reference model.
+        eligible_tasks: Tasks with enough labels.
         rules: Settings with the limits.
-
-    Yields:
-        Results of the guardrails.
     """
     reference_name, (summary, reference) = list(summaries)[-1], summaries.values()
-    for task in judged:
+    for task in eligible_tasks:
         metric = summary.tasks[task].guardrail_metric
         limit = f"a loss of more than {rules.max_metric_drop:g} (evaluation.max_metric_drop)"
         difference = differences.groups.get(task, {}).get(metric, Difference(None))
         conclusion = f"so {limit} can't be ruled out"
-        if (
-            passed := difference.low is not None and difference.low >= -rules.max_metric_drop
-        ):  # the interval rules a larger loss out
+        if passed := difference.low is not None and difference.low >= -rules.max_metric_drop:
             conclusion = f"so {limit} is ruled out"
         elif difference.high is not None and difference.high < -rules.max_metric_drop:
             conclusion = f"which is {limit}"
@@ -329,19 +311,16 @@ def check_guardrails(
 def check_slice_guardrail(
     slices: Sequence[SliceRecord], other: str, tasks: Sequence[str], margin: float
 ) -> Guardrail | None:
-    """Check that no slice loses significantly more than the margin, corrected for the number of slices.
+    """Check that no slice loses significantly more than the margin. Return None if no slice can be tested.
 
-    All slices together block a model that is as good as the reference in at most 2.5% of cases. A guardrail of a
-    single metric has the same error rate.
+    p-values are corrected for the number of slices. All slices together block a model that is as good as the reference
+    model with a probability of at most 2.5%, as a guardrail of a single metric does.
 
     Args:
         slices: Slices of the model.
         other: Name of the reference model.
         tasks: Tasks with enough labels.
-        margin: Largest loss allowed in the guardrail metric.
-
-    Returns:
-        Result of the guardrail, None if no slice can be tested.
+        margin: Largest allowed loss in the guardrail metric.
     """
     guardrail_metric = {kind.guardrail_metric for kind in KINDS.values()}
     compared_to = [
@@ -366,19 +345,10 @@ def check_slice_guardrail(
     return Guardrail(None, "slices", not losing, f"{finding} {limit}")
 
 
-def correct_differences(
+def _correct_differences(
     base: EvaluationSums, differences: Differences, others: Iterable[str]
 ) -> dict[str, ModelDifferences]:
-    """Correct the p-values of the metrics that tables show, and the p-values of the objectives.
-
-    Args:
-        base: Sums of the model.
-        differences: Differences by (reference model, task or `score`, metric).
-        others: Names of the reference models.
-
-    Returns:
-        Reference model -> differences with corrected p-values.
-    """
+    """Correct the p-values of the metrics that tables show, and separately those of the objective."""
     kinds = {SCORE: SCORE} | {task.name: task.kind for task in base.tasks}
     shown = {
         (group, metric.name)
@@ -412,8 +382,8 @@ class RunsMean:
         mean: Mean over runs.
         low: Lower end of the 95% interval.
         high: Upper end of the 95% interval.
-        std_between_runs: Standard deviation between runs.
-        standard_error_over_users: Standard error of the mean, due to the sample of users.
+        std_between_runs: Standard deviation of the runs' values.
+        standard_error_over_users: Standard error of the mean that is due to the sample of users.
         values: Value of each run.
     """
 
@@ -433,12 +403,12 @@ def average_runs(
     Args:
         sums: Sums of the runs.
         resamples: Number of bootstrap resamples.
-        objective: Metric that decides. Its mean is under `OBJECTIVE`, if all of its tasks are measured.
+        objective: Metric that decides. The result has the metric's mean under `OBJECTIVE`, if all tasks are measured.
 
     Returns:
         Task or `score` -> metric -> mean.
     """
-    return nest({key: _mean_of(*mean) for key, mean in bootstrap_mean(sums, resamples, objective).items()})
+    return nest({key: _mean_of(*mean) for key, mean in _bootstrap_mean(sums, resamples, objective).items()})
 
 
 def _mean_of(values: np.ndarray, replicates: Estimate) -> RunsMean:
@@ -457,7 +427,7 @@ class Results:
     """Results of an evaluation.
 
     Attributes:
-        models: Name -> measured model. The first model is the one to judge.
+        models: Name -> measured model. The first model is compared with the others.
         tasks: Tasks that may decide.
         rules: Settings of the decision.
         title: Title of the report.
@@ -482,7 +452,7 @@ class Results:
 
     @property
     def first(self) -> MeasuredModel:
-        """The model to judge."""
+        """The first model."""
         return self.models[self.name]
 
     @property
@@ -514,5 +484,4 @@ class Results:
     @cached_property
     def slices(self) -> list[SliceRecord]:
         """Records of all slices of the first model, each compared with all rows or with another model."""
-        resamples = min(self.rules.resamples, SLICE_RESAMPLES)
-        return compare_slices(self.models, self.name, resamples)
+        return compare_slices(self.models, self.name, min(self.rules.resamples, SLICE_RESAMPLES))

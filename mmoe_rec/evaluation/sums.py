@@ -1,11 +1,10 @@
 """Sum the rows of each user. Metrics and their intervals need only these sums, because the bootstrap resamples users.
 
-If there are more than `MAX_BOOTSTRAP_UNITS` users, the bootstrap resamples groups of users instead, which limits the
-time and memory of a resample. The hash of a user determines the group. Groups are therefore as independent of each
-other as users are, and the variance of a total over all users stays the same.
+If there are more than `MAX_BOOTSTRAP_UNITS` users, the bootstrap resamples groups of users, which limits time and
+memory. The hash of a user determines the group, so groups are as independent of each other as users are.
 
-AUC and average precision depend on the order of all rows, which a sum per user doesn't hold. The rows of a binary task
-are therefore also summed by bins of the prediction.
+AUC and average precision depend on the order of all rows. The rows of a binary task are therefore also summed by bins
+of the prediction.
 """
 
 import re
@@ -32,9 +31,6 @@ from mmoe_rec.task_kinds.task_kind import TaskKind, ValueRule
 
 MAX_BOOTSTRAP_UNITS = 4_096
 """Maximum number of users or groups to resample, a power of two."""
-_KEYS = ("user", "bin")
-
-
 SCORE_RULE: ValueRule = ("a number", lambda values: ~np.isnan(values))
 # Products of sums overflow with larger weights, and underflow with smaller weights.
 _LEAST, _LARGEST = np.float64(1e-50), np.float64(1e50)
@@ -47,9 +43,8 @@ class MeasuredTask:
 
     Attributes:
         name: Letters, digits, `_` and `-`, because the name becomes part of metric and file names.
-        kind: Kind of the task, or its name.
-        weight: Weight of the task in the score. Its label has the same weight in a row's relevance, which NDCG and MRR
-            use.
+        kind: Kind of the task. The constructor also accepts the name of a kind.
+        weight: Weight of the prediction in the score, and of the label in a row's relevance, see `PredictedRows.sum`.
     """
 
     name: str
@@ -73,10 +68,10 @@ class EvaluationSums:
 
     Attributes:
         tasks: The measured tasks.
-        tables: Tables by name, as listed below. Their rows are sorted by key. The column `user` (int64 or string) holds
-            the unit. Counts and digests are int64, other sums are float64.
+        tables: Tables by name, see below, sorted by key. The column `user` holds the unit (int64 or string). Counts and
+            digests are int64, other sums are float64.
 
-    `ranking` has one row for each unit, with these columns:
+    The table `ranking` has one row for each unit:
 
     - `rows`, `requests`, `users`: Counts.
     - `digest`: Sum of hashes, which differs if requests, candidates or weights differ.
@@ -86,22 +81,22 @@ class EvaluationSums:
     - `random_ndcg`: Sum over ranked requests of the mean NDCG@10 of all orders.
     - Metrics of the score, such as `mrr`: Sums over ranked requests.
 
-    `TASK.users` has one row for each unit with an observed label of the task:
+    The table `TASK.users` has one row for each unit with an observed label of the task:
 
-    - `rows`: Number of rows with an observed label.
+    - `rows`, `positives`: Numbers of rows with an observed label, and of positive labels of a binary task.
     - `digest`: Sum of hashes, which also differs if labels differ.
     - `weight`, `label`, `prediction`: Weighted sums.
-    - `positives`: Number of positive labels of a binary task.
     - The columns of `ranking` that concern requests, for requests ranked by the task's prediction.
     - Further sums that metrics of the task define in `Metric.measure`.
 
-    Binary tasks have two more tables. `TASK.bins` has one row for each unit and `bin` of rising prediction. Its columns
-    are the counts `rows` and `positives`, and the weighted sums `label`, `negative` (rows with label 0) and
-    `prediction`. `TASK.counts` has the weights of `positive` and `negative` rows for each predicted `value`.
+    Binary tasks have two more tables:
 
-    `catalog` has one row for each `candidate`, if the rows have candidate IDs. `rows` is the number of rows. For each
-    cutoff, two columns hold the number of times that the candidate is shown, and the log probability that it is never
-    shown (`exposure_by_row`).
+    - `TASK.bins`: For each unit and `bin` of rising prediction, the counts `rows` and `positives`, and the weighted
+      sums `label`, `negative` (rows with label 0) and `prediction`.
+    - `TASK.counts`: Weights of `positive` and `negative` rows for each predicted `value`.
+
+    If the rows have candidate IDs, the table `catalog` has the number of `rows` of each `candidate`, and the columns of
+    `exposure_by_row`.
     """
 
     tasks: tuple[MeasuredTask, ...]
@@ -124,23 +119,14 @@ class EvaluationSums:
 
 @dataclass(frozen=True)
 class _Rows:
-    """N rows of an evaluation. All arrays except `units` have shape (N,).
-
-    Attributes:
-        user: Index of the user.
-        request: Index of the request.
-        unit: Index into `units`.
-        units: Users, or groups of users, that the bootstrap resamples.
-        weight: Weight of the row.
-        key: Hash of request, candidate and weight, uint64.
-    """
+    """N rows of an evaluation, as arrays (N,) of indices and values. `unit` is an index into `units`."""
 
     user: np.ndarray
     request: np.ndarray
     unit: np.ndarray
     units: pa.Array
     weight: np.ndarray
-    key: np.ndarray
+    key: np.ndarray  # hash of request, candidate and weight, uint64
 
 
 @dataclass(frozen=True)
@@ -178,8 +164,7 @@ class PredictedRows:
         equally good. NDCG and MRR leave such requests out. The result has their number by reason.
 
         Args:
-            grouped: Whether units are groups of users, None for groups if there are more than `MAX_BOOTSTRAP_UNITS`
-                users.
+            grouped: Whether units are groups of users, None for groups from `MAX_BOOTSTRAP_UNITS` + 1 users on.
 
         Raises:
             UserError: There is no row.
@@ -198,7 +183,7 @@ class PredictedRows:
             keys.append(hash_column(all_candidates)[candidate])
             shown = {"rows": np.ones(rows, dtype=np.int64), **exposure_by_row(lists, CUTOFFS)}
             tables["catalog"] = _sum_by({"candidate": all_candidates.take(pa.array(candidate)), **shown})
-        unit, units = assign_units(all_users, grouped)
+        unit, units = _assign_units(all_users, grouped)
         row_groups = _Rows(user, request, unit[user], units, weight, combine_hashes(keys))
         tables["ranking"] = _ranking_table(row_groups, lists)
         for task in self.tasks:
@@ -245,31 +230,12 @@ def count_minority(sums: EvaluationSums, task: str) -> int:
     return min(positives, rows - positives)
 
 
-def check_same_rows(name: str, sums: EvaluationSums, against: str, base: EvaluationSums) -> None:
-    """Raise UserError if two models were not measured on the same rows with the same labels.
-
-    Args:
-        name: Name of the model.
-        sums: Sums of the model.
-        against: Name of the reference model.
-        base: Sums of the reference model.
-    """
-    if (mismatch := describe_row_mismatch(sums, base)) is not None:
-        raise UserError(
-            f"'{name}' and '{against}' were not measured on the same rows ({mismatch}): differences of models need the "
-            "same requests and candidates, with the same labels"
-        )
-
-
 def describe_row_mismatch(sums: EvaluationSums, base: EvaluationSums) -> str | None:
-    """Describe the difference between the rows of two models, or their labels.
+    """Return a phrase that says how the rows or labels of two models differ, None if they are the same.
 
     Args:
         sums: Sums of the model.
         base: Sums of the reference model.
-
-    Returns:
-        The difference, None if rows and labels are the same.
     """
     for task in [None, *(task.name for task in base.tasks if f"{task.name}.users" in sums.tables)]:
         table, of_task = ("ranking", "") if task is None else (f"{task}.users", f" with a label of '{task}'")
@@ -286,34 +252,14 @@ def describe_row_mismatch(sums: EvaluationSums, base: EvaluationSums) -> str | N
     return None
 
 
-def hash_to_group(users: np.ndarray) -> np.ndarray:
-    """Assign users to groups by the leading bits of their hashes.
-
-    Args:
-        users: Hashes of the users, shape (N,) uint64.
-
-    Returns:
-        Groups from 0 to `MAX_BOOTSTRAP_UNITS` - 1, shape (N,) int64. A larger hash never has a smaller group.
-    """
-    return (users >> np.uint64(64 - (MAX_BOOTSTRAP_UNITS - 1).bit_length())).astype(np.int64)
-
-
-def assign_units(users: pa.Array, grouped: bool | None = None) -> tuple[np.ndarray, pa.Array]:
-    """Assign rows to the units that the bootstrap resamples.
-
-    Args:
-        users: Users of the rows, shape (N,), integers or strings.
-        grouped: Whether units are groups of users, as in `PredictedRows.sum`.
-
-    Returns:
-        Index of each row's unit, shape (N,) int64, and the V users or groups.
-    """
-    encoded = users.dictionary_encode()
-    codes, distinct = encoded.indices.to_numpy().astype(np.int64), encoded.dictionary
-    if not (len(distinct) > MAX_BOOTSTRAP_UNITS if grouped is None else grouped):
-        return codes, distinct
-    groups, group_index = np.unique(hash_to_group(hash_column(distinct)), return_inverse=True)
-    return group_index[codes], pa.array(groups)
+def _assign_units(users: pa.Array, grouped: bool | None) -> tuple[np.ndarray, pa.Array]:
+    """Return the index of each user's unit, and the units. `grouped` is as in `PredictedRows.sum`."""
+    if not (len(users) > MAX_BOOTSTRAP_UNITS if grouped is None else grouped):
+        return np.arange(len(users)), users
+    group_bits = (MAX_BOOTSTRAP_UNITS - 1).bit_length()
+    groups = (hash_column(users) >> np.uint64(64 - group_bits)).astype(np.int64)  # by the leading bits
+    distinct, index = np.unique(groups, return_inverse=True)
+    return index, pa.array(distinct)
 
 
 def _ranking_table(rows: _Rows, lists: RankedRequests) -> pa.Table:
@@ -342,11 +288,8 @@ def _task_tables(task: MeasuredTask, rows: _Rows, predictions: np.ndarray, label
     # precision. Adding 0.0 turns -0 into 0, which has other bits.
     rounded_label = np.where(label == np.rint(label), label, label.astype(np.float32)) + 0.0
     task_sums = {"digest": _digest(combine_hashes([key, rounded_label.view(np.uint64)]))}
-    task_sums |= _measure_own(
-        [metric for metric in metrics_for_kind(task.kind) if not metric.is_ranking_metric],
-        observed_rows,
-        {*sums, *task_sums},
-    )
+    row_metrics = [metric for metric in metrics_for_kind(task.kind) if not metric.is_ranking_metric]
+    task_sums |= _measure_own(row_metrics, observed_rows, {*sums, *task_sums})
     request_sums = {"requests": np.ones(requests, np.int64)} | _sums_of_lists(task.kind, lists, {*sums, *task_sums})
     task_sums |= observed_rows.assign_to_first_rows(observed_rows.request, request_sums)
     tables = {f"{task.name}.users": _sum_by({"user": units, **sums, **task_sums})}
@@ -356,7 +299,7 @@ def _task_tables(task: MeasuredTask, rows: _Rows, predictions: np.ndarray, label
         # Store the weight of negative rows. Total minus positive weight would lose small weights by rounding.
         del sums["weight"]
         negative = weight * (1 - label)
-        tables[f"{task.name}.bins"] = _sum_by({**bins, **sums, "negative": negative}, _KEYS)
+        tables[f"{task.name}.bins"] = _sum_by({**bins, **sums, "negative": negative}, ("user", "bin"))
         tables[f"{task.name}.counts"] = _sum_by({"value": prediction, "positive": sums["label"], "negative": negative})
     return tables
 
@@ -364,16 +307,12 @@ def _task_tables(task: MeasuredTask, rows: _Rows, predictions: np.ndarray, label
 def _sums_of_lists(kind: str, lists: RankedRequests, taken: Iterable[str]) -> dict[str, np.ndarray]:
     """Return the columns of a table that concern its Q requests: name -> value of each request, (Q,).
 
-    Args:
-        kind: Kind of the task, or `score`.
-        lists: Requests, ranked by the score or by the task's prediction.
-        taken: Names of the table's other columns, which metrics may not use.
+    `kind` is the kind of a task, or `score`. Metrics may not use the names of the table's other columns (`taken`).
     """
     uninformative = find_uninformative_requests(lists)
     ranked = ~np.any(list(uninformative.values()), axis=0)
-    counted = {f"requests_{reason}": is_left_out for reason, is_left_out in uninformative.items()} | {
-        "ranked_requests": ranked
-    }
+    counted = {f"requests_{reason}": is_left_out for reason, is_left_out in uninformative.items()}
+    counted["ranked_requests"] = ranked
     measured = {"random_ndcg": random_ndcg(lists, 10)} if kind == "score" else {}
     metrics = [metric for metric in metrics_for_kind(kind) if metric.is_ranking_metric or kind == "score"]
     measured |= _measure_own(metrics, lists, {*taken, *counted, *measured})
@@ -414,13 +353,11 @@ def _digest(keys: np.ndarray) -> np.ndarray:
 
 
 def _sum_by(columns: Mapping[str, Any], keys: Sequence[str] = ()) -> pa.Table:
-    """Add up rows with equal keys (default: the first column), sorted by key.
-
-    A single thread keeps the sums reproducible.
-    """
+    """Add up rows with equal keys (default: the first column), sorted by key."""
     table = pa.table(columns)
     keys = keys or table.column_names[:1]
     names = [name for name in table.column_names if name not in keys]
+    # A single thread adds in a fixed order, so the sums are reproducible.
     grouped = table.group_by(list(keys), use_threads=False).aggregate([(name, "sum") for name in names])
     grouped = grouped.select([*keys, *(f"{name}_sum" for name in names)]).rename_columns([*keys, *names])
     return grouped.sort_by([(key, "ascending") for key in keys]).combine_chunks()
