@@ -367,7 +367,7 @@ def evaluate_models(
         facts = _facts(settings, split) | {"artifact": artifact_version(first.folder)}
         results = Results(measured, tuple(settings.tasks), rules, title, facts)
         write_results(results, out)
-        write_predictions(first_rows, settings.columns, out)
+        _write_predictions(first_rows, settings.columns, out)
         try:
             log_evaluation(settings, first, results, out, artifact_path, split)
         except UserError as error:
@@ -410,17 +410,12 @@ def _facts(settings: Settings, split: str) -> dict[str, str]:
     return facts
 
 
-def write_predictions(rows: PredictedRows, columns: Columns, out: Path) -> None:
-    """Write predictions and labels of rows to a Parquet file.
+def _write_predictions(rows: PredictedRows, columns: Columns, out: Path) -> None:
+    """Write predictions and labels to the file `PREDICTIONS_FILE` in folder `out`.
 
     The columns are `user`, `request`, `candidate`, `predicted_NAME` and `label_NAME` of each task and outcome, `score`,
-    and `weight` if rows have weights. Unobserved labels are null.
-
-    Args:
-        rows: Rows to write.
-        columns: Columns of the log. Columns that the log lacks are left out. Without candidates, `row` is the row
-            number in the log.
-        out: Folder for the file `PREDICTIONS_FILE`.
+    and `weight` if rows have weights. Unobserved labels are null. Columns that the log lacks are left out. Without
+    candidates, `row` is the row number in the log.
     """
     has_request = columns.has_user or columns.request is not None
     written: dict[str, Any] = {

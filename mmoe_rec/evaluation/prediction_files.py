@@ -182,16 +182,8 @@ def parse_tasks(words: Sequence[str]) -> PredictionColumns:
     return PredictionColumns(tuple(tasks), {part: part for part in _list_parts(tasks)})
 
 
-def match_columns(columns: PredictionColumns, files: Sequence[FileInfo]) -> PredictionColumns:
-    """Match columns with the columns of files.
-
-    Args:
-        columns: Tasks and columns.
-        files: Files to read.
-
-    Raises:
-        BadFile: A file lacks a column, has a column twice, or is not a Parquet file.
-    """
+def _match_columns(columns: PredictionColumns, files: Sequence[FileInfo]) -> PredictionColumns:
+    """Return the columns as `files` spell them. Raise BadFile if a file lacks a column or has one twice."""
     names = dict[str, list[str]]()
     for file in files:
         with open_parquet(file.uri) as parquet:
@@ -207,18 +199,11 @@ def match_columns(columns: PredictionColumns, files: Sequence[FileInfo]) -> Pred
     return columns
 
 
-def read_predictions(columns: PredictionColumns, files: Sequence[FileInfo]) -> tuple[PredictedRows, RowsBySlice]:
+def _read_predictions(columns: PredictionColumns, files: Sequence[FileInfo]) -> tuple[PredictedRows, RowsBySlice]:
     """Read and check the rows of files.
 
-    Args:
-        columns: Columns that all files have.
-        files: Files to read.
-
-    Returns:
-        The rows, and their slices: specification -> name of the slice -> numbers (n,) of the rows.
-
-    Raises:
-        UserError: A value is wrong, a request has rows of several users or a candidate twice, or there is no row.
+    Returns the rows, and their slices: specification -> name of the slice -> row numbers (n,). Raises UserError if a
+    value is wrong, a request has several users or a candidate twice, or there is no row.
     """
     tables = [table for file in files if (table := _read_file(columns, file.uri)) is not None]
     if not tables:
@@ -248,7 +233,7 @@ def read_predictions(columns: PredictionColumns, files: Sequence[FileInfo]) -> t
 
 
 def load_predictions(columns: PredictionColumns, source: str, option: str) -> PredictedRows:
-    """Read the rows of prediction files as `read_predictions` does.
+    """Read the rows of prediction files as `_read_predictions` does.
 
     Args:
         columns: Tasks and columns.
@@ -256,7 +241,7 @@ def load_predictions(columns: PredictionColumns, source: str, option: str) -> Pr
         option: Option to name in errors.
     """
     files = find_files(source, option)
-    return read_predictions(match_columns(columns, files), files)[0]
+    return _read_predictions(_match_columns(columns, files), files)[0]
 
 
 def _fuse(tasks: Sequence[MeasuredTask], predictions: Sequence[np.ndarray]) -> np.ndarray:
@@ -412,10 +397,10 @@ def evaluate_predictions(
             Path(os.path.realpath(file.uri)).is_relative_to(real_out) for file in files if not is_remote(file.uri)
         ):
             raise UserError(f"--out '{out}' overlaps with the predictions in '{path}'. Give another folder.")
-    columns_by_source = {source: match_columns(columns, files_by_source[source])}
+    columns_by_source = {source: _match_columns(columns, files_by_source[source])}
     for path in against:
         try:
-            columns_by_source[path] = match_columns(
+            columns_by_source[path] = _match_columns(
                 columns.with_columns(compare_to_columns, "--compare-to-columns"), files_by_source[path]
             )
         except BadFile as error:
@@ -436,7 +421,7 @@ def evaluate_predictions(
 
 
 def _measure_files(columns: PredictionColumns, files: Sequence[FileInfo], source: str, resamples: int) -> MeasuredModel:
-    rows, slices = read_predictions(columns, files)
+    rows, slices = _read_predictions(columns, files)
     weights = {task.name: task.weight for task in columns.tasks}
     facts = {"predictions": source, "files": len(files), "columns": columns.by_part(), "relevance_weights": weights}
     training_overlap = read_overlap_warnings(file.uri for file in files)

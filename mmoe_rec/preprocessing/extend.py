@@ -51,7 +51,7 @@ from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import diff_settings
 
 
-class NewFiles:
+class _NewFiles:
     """The files of logs that features don't include yet. `missing` lists included files that no longer exist."""
 
     def __init__(self, logs: Logs, included: IncludedFiles, owner: str, last: int, advice: str) -> None:
@@ -84,38 +84,19 @@ class NewFiles:
         return any(log_changes.new for log_changes in self.changes)
 
     def new_logs(self) -> Logs:
-        """Return the logs with only the new files.
-
-        Raises:
-            UserError: The new files have no rows.
-        """
+        """Return the logs with only the new files. Raise UserError if they have no rows."""
         old = [log.found_files.keys() - diff.new for log, diff in zip(self.logs.all, self.changes, strict=True)]
         return self.logs.without_files(old)
 
     def count(self, steps: BuildSteps, statistics: bool, requests_dir: Path, previous: Path) -> LogCounts:
-        """Count the rows of the new files.
-
-        Args:
-            steps: Steps of a build from the new files.
-            statistics: Whether to count vocabularies and statistics.
-            requests_dir: Folder for the record of all requests.
-            previous: Folder with the record of the included requests.
-
-        Raises:
-            UserError: Rows can't be added.
-        """
+        """Count the rows of the new files. Raise UserError if these rows can't be added."""
         counted = steps.count(statistics=statistics, requests_dir=requests_dir, previous=previous)
         self._check_late(counted, steps)
         self._check_events(counted, steps.logs)
         return counted
 
     def first_request_time(self, counted: LogCounts, requests: RequestCounts) -> int:
-        """Return the time of the first request that begins in the new files, in microseconds.
-
-        Args:
-            counted: Counts of the new files.
-            requests: Counts of the requests in the new files.
-        """
+        """Return the time of the first request that begins in the new files, in microseconds."""
         return requests.first_request_time if self.logs.schema.columns.request is not None else counted.first
 
     def _check_unchanged(self) -> None:
@@ -226,7 +207,7 @@ def extend(inputs: BuildInputs) -> Extension | None:
         included = IncludedFiles.read(features.folder)
         logs = Logs(inputs.source, schema, inputs.options, [log.types for log in included.logs])
         last = features.manifest["request_microseconds"][1]
-        files = NewFiles(logs, included, f"the features in '{features.folder}'", last, REBUILD_ADVICE)
+        files = _NewFiles(logs, included, f"the features in '{features.folder}'", last, REBUILD_ADVICE)
         if not files.any:
             return None
         with atomic_folder(features.folder) as folder:
@@ -249,7 +230,7 @@ def _check_schema(features: FeatureFolder, schema: Schema) -> None:
         )
 
 
-def _extend(previous: FeatureFolder, files: NewFiles, windows: dict[str, Window], folder: Path) -> Extension:
+def _extend(previous: FeatureFolder, files: _NewFiles, windows: dict[str, Window], folder: Path) -> Extension:
     logs, new, old_manifest = files.logs, files.new_logs(), previous.manifest
     first, last = old_manifest["request_microseconds"]
     # Splits of the new rows begin after the last old request.
@@ -285,7 +266,7 @@ def _extend(previous: FeatureFolder, files: NewFiles, windows: dict[str, Window]
     )
 
 
-def _check_splits(files: NewFiles, counted: LogCounts, steps: BuildSteps) -> None:
+def _check_splits(files: _NewFiles, counted: LogCounts, steps: BuildSteps) -> None:
     if any(counted.rows.values()):
         return
     first, rows = files.first_request_time(counted, steps.requests), steps.logs.log.rows
@@ -343,7 +324,8 @@ def extend_tables(features: Path, last: int, logs: Logs, included: IncludedFiles
     Raises:
         UserError: Rows can't be added, as in `extend`.
     """
-    files, requests = NewFiles(logs, included, "the model's tables", last, REBUILD_TABLES_ADVICE), features / "requests"
+    files = _NewFiles(logs, included, "the model's tables", last, REBUILD_TABLES_ADVICE)
+    requests = features / "requests"
     new = zip(logs.all, files.changes, strict=True)
     if not any(file.rows for log, changes in new for file in log.files if file.uri in changes.new):
         return None

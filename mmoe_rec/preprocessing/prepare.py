@@ -89,7 +89,7 @@ class FeatureFolder:
                 only if the settings still name the log that the features were built from.
         """
         manifest, options, changes = self._manifest_or_none, logs.options, self._changes(logs)
-        if not changes or manifest.get("settings") != settings_fingerprint(logs.schema, windows):
+        if not changes or manifest.get("settings") != _settings_fingerprint(logs.schema, windows):
             return False
         if any(log.changed or log.new for log in changes):
             return False
@@ -239,7 +239,7 @@ def encode_splits(pipeline_dir: Path, logs: Logs, windows: dict[str, Window], fo
     """
     with atomic_folder(folder) as encoded, BuildSteps(logs, windows, encoded / "scratch") as steps:
         counted = steps.count(statistics=False)
-        check_splits(counted, windows, logs.log.source, logs.schema.split)
+        _check_splits(counted, windows, logs.log.source, logs.schema.split)
         stores = encoded / "scratch" / "compacted"
         stores.mkdir(parents=True)
         last = counted.last
@@ -271,13 +271,8 @@ def compute_fingerprint(logs: Logs, windows: object) -> str:
     return _digest(FORMAT, files, logs.schema.identity(), windows)
 
 
-def settings_fingerprint(schema: Schema, windows: dict[str, Window]) -> str:
-    """Return a fingerprint of the features' inputs other than the logs.
-
-    Args:
-        schema: Schema of the log.
-        windows: Time windows of the splits.
-    """
+def _settings_fingerprint(schema: Schema, windows: dict[str, Window]) -> str:
+    """Return a fingerprint of the features' inputs other than the logs."""
     return _digest(FORMAT, schema.identity(), windows)
 
 
@@ -288,7 +283,7 @@ def _digest(*parts: object) -> str:
 def _build(logs: Logs, windows: dict[str, Window], folder: Path) -> None:
     with BuildSteps(logs.without_copies(), windows, folder / "scratch") as steps:
         counted = steps.count(statistics=True, requests_dir=folder / "requests")
-        check_splits(counted, windows, logs.log.source, logs.schema.split)
+        _check_splits(counted, windows, logs.log.source, logs.schema.split)
         pipeline = FeaturePipeline(logs.schema)
         pipeline.merge(counted.counts, counted.key_types)
         pipeline.finish_fit()
@@ -298,15 +293,8 @@ def _build(logs: Logs, windows: dict[str, Window], folder: Path) -> None:
     write_manifest(folder, {"fingerprint": compute_fingerprint(logs, windows), **manifest})
 
 
-def check_splits(counted: LogCounts, windows: Mapping[str, Window], log: str, split: SplitColumn | None = None) -> None:
-    """Raise UserError if a split has no rows.
-
-    Args:
-        counted: Counts of the log.
-        windows: Time windows of the required splits.
-        log: URI of the log.
-        split: Column that defines the splits, None if times define them.
-    """
+def _check_splits(counted: LogCounts, windows: Mapping[str, Window], log: str, split: SplitColumn | None) -> None:
+    """Raise UserError if one of the splits in `windows` has no rows."""
     for name in windows:
         if counted.rows[name] == 0 and split is not None:
             listed = ", ".join(map(repr, split.values[name]))
@@ -411,7 +399,7 @@ def write_features(
     included.write(folder)
     (log, *events), columns = included.logs, logs.schema.columns
     return {
-        "settings": settings_fingerprint(logs.schema, windows),
+        "settings": _settings_fingerprint(logs.schema, windows),
         "log": logs.log.source,
         "digest": log.digest,
         "files": len(log.files),

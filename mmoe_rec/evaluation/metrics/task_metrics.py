@@ -108,20 +108,14 @@ def bin_edges(values: np.ndarray, positives: np.ndarray, negatives: np.ndarray) 
     if len(values) <= MAX_BINS:
         return values[1:]
     mass = positives / max(positives.sum(), _TINY) + negatives / max(negatives.sum(), _TINY)
-    bins = assign_equal_mass_bins(np.arange(len(values)), mass, MAX_BINS)
+    bins = _assign_equal_mass_bins(np.arange(len(values)), mass, MAX_BINS)
     return values[1:][np.diff(bins) > 0]
 
 
-def assign_equal_mass_bins(values: np.ndarray, mass: np.ndarray, bins: int) -> np.ndarray:
-    """Assign values to bins of rising value and about equal mass. Equal values share a bin, and no bin is empty.
+def _assign_equal_mass_bins(values: np.ndarray, mass: np.ndarray, bins: int) -> np.ndarray:
+    """Return the bin of each value, (N,) int64. Bins have rising values and about equal mass.
 
-    Args:
-        values: Values, shape (N,).
-        mass: Mass of the values, shape (N,).
-        bins: Maximum number of bins.
-
-    Returns:
-        Bin of each value, shape (N,) int64.
+    Equal values share a bin, and no bin is empty.
     """
     distinct, index = np.unique(values, return_inverse=True)
     mass_by_value = np.bincount(index, mass, len(distinct))
@@ -262,7 +256,7 @@ def _equal_bins(sums: UserSums) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     names = ("rows", "positives", "label", "negative", "prediction")
     columns = {name: sums.bins[name].to_numpy().astype(np.float64) for name in names}
     columns["weight"] = columns["label"] + columns["negative"]
-    return assign_equal_mass_bins(sums.bins["bin"].to_numpy(), columns["weight"], 10), columns
+    return _assign_equal_mass_bins(sums.bins["bin"].to_numpy(), columns["weight"], 10), columns
 
 
 def _calibration_bins(sums: UserSums, resamples: int) -> list[dict[str, Any]]:
