@@ -103,15 +103,7 @@ class _LocalEngine:
         self._pool = pool
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-        """Yield the results of a picklable function in the order of the tasks.
-
-        Args:
-            function: Function of one task.
-            tasks: Arguments of the calls.
-
-        Raises:
-            UserError: A worker process was killed.
-        """
+        """Yield the results of a picklable function in the order of the tasks."""
         try:
             yield from map(function, tasks) if self._pool is None else self._pool.map(function, tasks)
         except BrokenProcessPool:
@@ -167,15 +159,7 @@ class _RayEngine:
             self._ray.shutdown()
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-        """Yield the results of a picklable function in the order of the tasks.
-
-        Args:
-            function: Function of one task.
-            tasks: Arguments of the calls.
-
-        Raises:
-            UserError: A task raised this error.
-        """
+        """Yield the results of a picklable function in the order of the tasks."""
         from ray.util import ActorPool
 
         worker, shared = self._ray.remote(num_cpus=1)(_Worker), self._ray.put(function)

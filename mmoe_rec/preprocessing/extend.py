@@ -55,7 +55,7 @@ class _NewFiles:
     """The files of logs that features don't include yet. `missing` lists included files that no longer exist."""
 
     def __init__(self, logs: Logs, included: IncludedFiles, owner: str, last: int, advice: str) -> None:
-        """Compare the files of logs with the included files.
+        """Compare the files of logs with the included files. Raise UserError if an included file has changed.
 
         Args:
             logs: Logs with old and new files.
@@ -63,9 +63,6 @@ class _NewFiles:
             owner: Owner of the included files in messages, a plural such as "the features in 'work'".
             last: Time of the last included request, in microseconds.
             advice: Advice in messages about files that can't be added.
-
-        Raises:
-            UserError: An included file has changed, or no new file is usable.
         """
         self.logs, self.owner, self.last, self.advice = logs, owner, last, advice
         self.changes = included.changes(logs)
