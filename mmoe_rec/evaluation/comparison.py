@@ -259,9 +259,8 @@ def decide(
     is_gain = (difference.value > 0) == (objective.better == "higher")
     if is_gain and (failed := [guard.message for guard in guardrails if not guard.passed]):
         beats = f"although {metric} is {direction} than that of '{other}' by {size}"
-        return Verdict(
-            Outcome.BLOCKED, f"'{model}' is not accepted as better, {beats}: {'; '.join(failed)}", tuple(guardrails)
-        )
+        message = f"'{model}' is not accepted as better, {beats}: {'; '.join(failed)}"
+        return Verdict(Outcome.BLOCKED, message, tuple(guardrails))
     kind = Outcome.BETTER if is_gain else Outcome.WORSE
     return Verdict(kind, f"'{model}' is {kind} than '{other}': {metric} is {direction} by {size}", tuple(guardrails))
 
@@ -323,17 +322,13 @@ def check_slice_guardrail(
         margin: Largest allowed loss in the guardrail metric.
     """
     guardrail_metric = {kind.guardrail_metric for kind in KINDS.values()}
-    compared_to = [
-        record
-        for record in slices
-        if record.compared_to == other and record.group in tasks and record.metric in guardrail_metric
-    ]
-    tested = [(record, record.loss_p_value(margin)) for record in compared_to if record.degrees_of_freedom]
+    compared = [record for record in slices if record.compared_to == other and record.group in tasks]
+    guarded = [record for record in compared if record.metric in guardrail_metric and record.degrees_of_freedom]
+    tested = [(record, record.loss_p_value(margin)) for record in guarded]
     if not tested:
         return None
-    losing = sorted(
-        (record for record, p in tested if p * len(tested) < ALPHA), key=lambda record: record.difference or 0.0
-    )
+    losing = [record for record, p in tested if p * len(tested) < ALPHA]
+    losing.sort(key=lambda record: record.difference or 0.0)
     tested_slices = dict.fromkeys((record.by, record.slice) for record, _ in tested)
     number, by = len(tested_slices), ", ".join(dict.fromkeys(by for by, _ in tested_slices))
     finding = f"none of {number} slices by {by} has, significantly,"
@@ -362,10 +357,8 @@ def _correct_differences(
         corrected |= dict(zip(family_differences, holm_correct(list(family_differences.values())), strict=True))
     by_reference = {}
     for reference in others:
-        differences_by_metric = {key[1:]: difference for key, difference in corrected.items() if key[0] == reference}
-        by_reference[reference] = ModelDifferences(
-            differences_by_metric.pop(OBJECTIVE, Difference(None)), nest(differences_by_metric)
-        )
+        by_metric = {key[1:]: difference for key, difference in corrected.items() if key[0] == reference}
+        by_reference[reference] = ModelDifferences(by_metric.pop(OBJECTIVE, Difference(None)), nest(by_metric))
     return by_reference
 
 

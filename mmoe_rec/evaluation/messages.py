@@ -111,10 +111,8 @@ def explain_group(summary: Summary, name: str) -> str | None:
                 "NDCG is nearly 1 in any order, as the relevance of a request's rows differs little compared with its "
                 "size: set the score_weight of regressions with large labels, such as times, to 0."
             )
-    shown = [
-        metric for metric in metrics_for_kind(group.kind) if not (summary.one_row_per_user and metric.is_within_group)
-    ]
-    if undefined := [metric.name for metric in shown if group.get(metric.name).value is None]:
+    without_value = [metric for metric in metrics_for_kind(group.kind) if group.get(metric.name).value is None]
+    if undefined := [m.name for m in without_value if not (summary.one_row_per_user and m.is_within_group)]:
         rows, positives = group.counts.get("rows", 0), group.counts.get("positives")
         reason = "labels are the same in all rows, or within each user or request"
         if positives in (0, rows):
@@ -128,9 +126,7 @@ def explain_group(summary: Summary, name: str) -> str | None:
         )
     bare = [name for name, metric in group.metrics.items() if metric.value is not None and metric.low is None]
     if bare and summary.users > 1:
-        reason = (
-            "values are the same for all users, are undefined in more than 5% of the resamples, or depend on one user"
-        )
+        reason = "values are the same for all users, undefined in more than 5% of the resamples, or depend on one user"
         sentences.append(f"{', '.join(bare)} {'has' if len(bare) == 1 else 'have'} no interval: {reason}.")
     return " ".join(sentences) or None
 
@@ -177,13 +173,9 @@ def find_suspicious_results(results: Results) -> list[Finding]:
     """Find suspicious metrics of all models, and training on the measured rows."""
     findings = []
     for name, model in results.models.items():
-        model_checks = [
-            *((FindingKind.SEEN_ROWS, sentence) for sentence in model.training_overlap),
-            (FindingKind.TRAINING, model.undertraining),
-        ]
-        findings += [
-            Finding(name, check, None, f"the model {sentence}") for check, sentence in model_checks if sentence
-        ]
+        checks = [(FindingKind.SEEN_ROWS, sentence) for sentence in model.training_overlap]
+        checks += [(FindingKind.TRAINING, model.undertraining)] if model.undertraining else []
+        findings += [Finding(name, check, None, f"the model {sentence}") for check, sentence in checks]
         for task, group in model.summary.tasks.items():
             findings += [Finding(name, check, task, message) for check, message in _in_task(task, group)]
         findings += [Finding(name, FindingKind.SCORE, SCORE, message) for message in _in_score(model.summary)]

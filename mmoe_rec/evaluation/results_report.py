@@ -38,10 +38,9 @@ _INK, _MUTED, _LINE = COLORS["ink"], COLORS["muted"], SERIES_COLORS[0]
 _TITLE: dict[str, Any] = {"fontsize": 13, "fontweight": "bold", "color": _INK}
 _SLICES = 12  # slices that are visible without unfolding the table
 _MEASURES = {
-    "Verdict": "A model is better if the interval of `evaluation.primary_metric` lies above that of the other "
-    "model, no "
-    "task lost more than `evaluation.max_metric_drop`, no slice of `evaluation.guardrail_slices` lost "
-    "significantly more, and probabilities are not off by more than `evaluation.max_calibration_ratio`.",
+    "Verdict": "A model is better if the interval of `evaluation.primary_metric` lies above that of the other model, "
+    "no task lost more than `evaluation.max_metric_drop`, no slice of `evaluation.guardrail_slices` lost significantly "
+    "more, and probabilities are not off by more than `evaluation.max_calibration_ratio`.",
     "Many differences": "Of twenty differences by chance alone, one is outside of its interval. So p-values are "
     "corrected by Holm's method: the probability of any false positive among the colored differences is below 5%.",
     "Metrics": "AUC and average precision are exact; GAUC is the mean AUC within users, or requests. `calibration` is "
@@ -83,14 +82,10 @@ def write_results(results: Results, out: Path) -> None:
 def make_report(results: Results) -> Report:
     """Build the report of an evaluation: verdicts, calibration curves, metrics, differences and slices."""
     comparison, findings, first = results.comparison, find_suspicious_results(results), results.first
-    several = len(results.models) > 1
-    sentences = [
-        Sentence(
-            f"'{finding.model}': {finding.message}" if several else finding.message, finding.severity, finding.check
-        )
-        for finding in findings
-    ]
-    sentences = sentences or [Sentence("nothing suspicious found", "good")]
+    sentences = [] if findings else [Sentence("nothing suspicious found", "good")]
+    for finding in findings:
+        where = f"'{finding.model}': " if len(results.models) > 1 else ""
+        sentences.append(Sentence(where + finding.message, finding.severity, finding.check))
     sentences += [Sentence(sentence) for sentence in describe_slices(results.slices)]
     headline, guardrails = "; ".join(describe_metrics(first.summary)), list[Sentence]()
     if comparison is not None:
@@ -157,9 +152,8 @@ def metrics_table(summaries: Mapping[str, Summary]) -> Table:
     shown = [metric for metric in every.CATALOG_METRICS if metric.is_headline]
     catalogs = [row.catalog or {} for row in models]
     if any(catalogs):
-        _extend(
-            main, CATALOG, ((metric, [Interval(catalog.get(metric.name)) for catalog in catalogs]) for metric in shown)
-        )
+        values = [(metric, [Interval(catalog.get(metric.name)) for catalog in catalogs]) for metric in shown]
+        _extend(main, CATALOG, values)
     units = "rows" if all(row.one_row_per_user for row in models) else "users"
     return Table("Metrics", ("", *summaries), main, f"± half the 95% interval, bootstrap over {units}", folded=more)
 
@@ -207,9 +201,8 @@ def differences_table(compared: Comparison, summary: Summary) -> Table:
             is_undefined = all(difference is None or difference.value is None for difference in differences)
             if any(differences) and metric.is_shown(group == SCORE) and not (metric.is_within_group and is_undefined):
                 value = summary.groups[group].get(metric.name).value
-                metric_rows.append(
-                    (metric.label, *(_difference_cell(difference, metric, value) for difference in differences))
-                )
+                cells = [_difference_cell(difference, metric, value) for difference in differences]
+                metric_rows.append((metric.label, *cells))
         rows += [(group,), *metric_rows] if metric_rows else []
     note = f"± half the 95% interval; colored: significant (p <  {ALPHA:g}, corrected)"
     return Table(f"Differences: {compared.model} minus", ("", *compared.differences), rows, note)
@@ -219,9 +212,8 @@ def _difference_cell(difference: Difference | None, metric: BaseMetric, value: f
     if difference is None or difference.value is None or value is None:
         return Cell(NO_VALUE)
     is_gain = metric.loss(value) < metric.loss(value - difference.value)
-    text, *half = format_signed(
-        difference.value, *(() if difference.high is None else (difference.high - difference.value,))
-    )
+    widths = [] if difference.high is None else [difference.high - difference.value]
+    text, *half = format_signed(difference.value, *widths)
     if metric.better == "one" and difference.is_significant:
         text += " closer" if is_gain else " further"
     small = "".join(f"±{width.removeprefix('+')}" for width in half)
@@ -229,22 +221,14 @@ def _difference_cell(difference: Difference | None, metric: BaseMetric, value: f
 
 
 def _slice_cells(record: SliceRecord) -> Row:
-    value, *ends = format_signed(*(end for end in (record.difference, record.low, record.high) if end is not None)) or [
-        NO_VALUE
-    ]
+    known = [end for end in (record.difference, record.low, record.high) if end is not None]
+    value, *ends = format_signed(*known) or [NO_VALUE]
     mark = "problem" if record.is_worse else "good" if record.is_significant and record.difference else ""
     compared_to = record.compared_to if record.compared_to == ALL_ROWS else f"'{record.compared_to}' there"
     name = f"{record.by}: {record.slice}"
     difference = Cell(value, " to ".join(ends), mark)  # type: ignore[arg-type]
-    return (
-        name,
-        record.group,
-        record.metric,
-        compared_to,
-        format_count(record.rows),
-        format_fixed(record.value, 4),
-        difference,
-    )
+    rows, in_slice = format_count(record.rows), format_fixed(record.value, 4)
+    return name, record.group, record.metric, compared_to, rows, in_slice, difference
 
 
 def _curves(summaries: Mapping[str, Summary]) -> Iterator[Figure]:

@@ -134,9 +134,8 @@ class SliceSpec:
         counts.sort(key=lambda count: (-count["counts"], count["values"]))
         if len(counts) > MAX_COLUMN_VALUES:
             raise UserError(
-                f"column '{self.column}' has more than {MAX_COLUMN_VALUES:,} values, such as "
-                f"{counts[0]['values']!r}: too "
-                f"many to slice by; slice by 'bucket({self.column}, 10)' if it is a number"
+                f"column '{self.column}' has more than {MAX_COLUMN_VALUES:,} values, such as {counts[0]['values']!r}: "
+                f"too many to slice by; slice by 'bucket({self.column}, 10)' if it is a number"
             )
         shown = sorted(count["values"] for count in counts[:TOP_VALUES])
         slice_index = pc.fill_null(pc.index_in(values, value_set=pa.array(shown, pa.string())), len(shown))
@@ -293,9 +292,8 @@ def slice_by_training_counts(
         if name == "user":
             rows_of_user = pa.array(training_rows.astype(float), mask=training_rows == 0)
             activity = SliceSpec("training rows of the user", name, ACTIVITY_BUCKETS).find_slices(rows_of_user)
-            slices["training rows of the user"] = {
-                bucket: row_numbers for bucket, row_numbers in activity.items() if bucket != MISSING
-            }
+            activity.pop(MISSING, None)
+            slices["training rows of the user"] = activity
     return {by: {name: rows for name, rows in named.items() if len(rows)} for by, named in slices.items()}
 
 
@@ -412,10 +410,8 @@ def sort_worst_first(records: Sequence[SliceRecord]) -> list[SliceRecord]:
         size = -distance_from_one(record.value or 0.0) if is_ratio else record.difference or 0.0
         return not record.is_worse, is_ratio, not is_ratio and record.compared_to == ALL_ROWS, size
 
-    shown = [
-        record for record in records if record.value is not None and (record.metric != "calibration" or record.is_worse)
-    ]
-    return sorted(shown, key=sort_key)
+    shown = [record for record in records if record.metric != "calibration" or record.is_worse]
+    return sorted((record for record in shown if record.value is not None), key=sort_key)
 
 
 def _compare_slice(
@@ -468,12 +464,6 @@ def _compare_slice(
                 difference = compute_difference(estimate, resampled[side, group, metric])
             value = estimate.value if is_judged and np.isfinite(estimate.value) else None
             description = (*key, group, metric, slice_sums.total("rows", task), labels, requests, value, side)
-            yield SliceRecord(
-                *description,
-                difference.value,
-                difference.low,
-                difference.high,
-                difference.standard_error,
-                difference.degrees_of_freedom,
-                difference.p_value,
-            )
+            interval = (difference.value, difference.low, difference.high)
+            test = (difference.standard_error, difference.degrees_of_freedom, difference.p_value)
+            yield SliceRecord(*description, *interval, *test)
