@@ -62,12 +62,7 @@ class NotFiniteError(UserError):
     """Error about a model, called `name`, whose predictions are not finite numbers."""
 
     def __init__(self, message: str, name: str) -> None:
-        """Store the message and the model's name.
-
-        Args:
-            message: Error message.
-            name: Name of the model.
-        """
+        """Store the message and the name of the model."""
         super().__init__(message)
         self.name = name
 
@@ -161,9 +156,8 @@ def read_labels(
     weighted, layout = settings.training.sampling_correction == "weights", ModelLayout.of(prepared.layout, settings)
     rows = EncodedDataset(prepared.split(split), replace(layout, tables=(), ids=(), dense=(), attention=()), part=part)
     columns = (*ID_COLUMNS, *(f"label.{name}" for name in layout.joint_outcomes), *rows.weight_columns(weighted))
-    return collect_labels(
-        settings, layout, [(part.labels, table) for part, table in rows.stream(ROWS_AT_A_TIME, columns)]
-    )
+    read = [(labeled.labels, table) for labeled, table in rows.stream(ROWS_AT_A_TIME, columns)]
+    return collect_labels(settings, layout, read)
 
 
 def collect_labels(
@@ -188,10 +182,8 @@ def collect_labels(
     tasks += [MeasuredTask(name, weight=0.0) for name in layout.joint_outcomes]
     row = None if settings.columns.has_candidate else candidates  # the row number, in a log without candidates
     candidates = candidates if row is None else None
-    score = np.zeros(len(users))
-    return PredictedRows(
-        tuple(tasks), users, requests, candidates, {}, labels_by_task, score, row_weights(columns), row
-    )
+    score, weights = np.zeros(len(users)), row_weights(columns)
+    return PredictedRows(tuple(tasks), users, requests, candidates, {}, labels_by_task, score, weights, row)
 
 
 @contextmanager
@@ -219,11 +211,9 @@ def open_encoded_split(settings: Settings, artifact: Path, ranker: Ranker, split
             return
     logs, encoded = open_model_logs(settings, ranker.pipeline), work / "evaluation" / "encoded"
     if missing := FeatureFolder(work / "features").missing(logs):
-        files = (
-            f"1 is gone, '{missing[0]}'" if len(missing) == 1 else f"{len(missing):,} are gone, such as '{missing[0]}'"
-        )
+        gone = "1 is gone," if len(missing) == 1 else f"{len(missing):,} are gone, such as"
         reason = "the features of the model's training are missing, so counters and histories are rebuilt from"
-        say(f"{reason} the files that are left in the log: {files}")
+        say(f"{reason} the files that are left in the log: {gone} '{missing[0]}'")
     with write_lock(encoded, purpose, "set `data.work_dir` to another folder", wait=True):
         encode_splits(artifact / "features", logs, {split: settings.split.windows()[split]}, encoded)
         yield encoded / split
@@ -273,9 +263,8 @@ def log_evaluation(
             run.log_inputs(describe_datasets(settings, prepared.manifest, split))
         heading = "Evaluation" if split == "test" else f"Evaluation on {split} rows"
         section = "test" if split == "test" else f"{split}_rows"  # training logs metrics by step to `validation`
-        sentences = bullet_list(
-            [*describe_verdicts(results), *(finding.message for finding in find_suspicious_results(results))]
-        )
+        findings = [finding.message for finding in find_suspicious_results(results)]
+        sentences = bullet_list([*describe_verdicts(results), *findings])
         row_facts = ("log", "rows", "requests", "caution")
         facts = "\n".join(f"- {fact}: {results.facts[fact]}" for fact in row_facts if fact in results.facts)
         page = f"Report: `{artifact_path}/report.html` of the artifacts."
@@ -293,8 +282,7 @@ def log_evaluation(
         rows = f"{summary.rows:,} rows of {settings.data.log}"
         sentences = f"{'; '.join(describe_verdicts(results))} ({rows})"
         report = {"report": f"runs:/{run.run_id}/{artifact_path}/report.html", "evaluated": sentences}
-        version = get_version(registered[1], registered[2], uri)
-        describe_version(version, "", report, uri)
+        describe_version(get_version(registered[1], registered[2], uri), "", report, uri)
 
 
 def evaluate_model(

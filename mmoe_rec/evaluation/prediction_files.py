@@ -215,10 +215,8 @@ def _read_predictions(columns: PredictionColumns, files: Sequence[FileInfo]) -> 
         raise UserError(f"{where} hold columns of several types, which can't be compared: {error}") from None
     _check_requests(columns, table)
     slices = {by.name: by.find_slices(one_array(table[f"slice {by.name}"])) for by in columns.slices}
-    predictions, labels = (
-        {task.name: table[f"{kind}_{task.name}"].to_numpy() for task in columns.tasks}
-        for kind in ("predicted", "label")
-    )
+    predictions = {task.name: table[f"predicted_{task.name}"].to_numpy() for task in columns.tasks}
+    labels = {task.name: table[f"label_{task.name}"].to_numpy() for task in columns.tasks}
     rows = PredictedRows(
         columns.tasks,
         one_array(table["user"]),
@@ -285,9 +283,7 @@ def _read_file(columns: PredictionColumns, uri: str) -> pa.Table | None:
         read = list(iter(partial(next_batch, batches, uri), None))
     file = _FileRows(uri, add_path_columns(pa.Table.from_batches(read), uri, columns_to_read))
     request = [file.read_ids(name) for name in columns.request]
-    joined = (
-        combine_hashes([hash_column(column) for column in request]).view(np.int64) if len(request) > 1 else request[0]
-    )
+    joined = request[0] if len(request) == 1 else combine_hashes([*map(hash_column, request)]).view(np.int64)
     parts = {"user": file.read_ids(names["user"]), "request": joined}
     if "candidate" in names:
         parts["candidate"] = file.read_ids(names["candidate"])
@@ -387,22 +383,19 @@ def evaluate_predictions(
     check_output_folder(out)
     names = short_names([source, *against])
     find_objective_metric(rules.primary_metric)
-    files_by_source = {
-        path: find_files(path, "--predictions" if path == source else "--compare-to") for path in (source, *against)
-    }
+    files_by_source = {source: find_files(source, "--predictions")}
+    files_by_source |= {path: find_files(path, "--compare-to") for path in against}
     real_out = Path(os.path.realpath(out))
     for path, files in files_by_source.items():
         is_inside = os.path.isdir(path) and real_out.is_relative_to(os.path.realpath(path))
-        if is_inside or any(
-            Path(os.path.realpath(file.uri)).is_relative_to(real_out) for file in files if not is_remote(file.uri)
-        ):
+        local_files = [Path(os.path.realpath(file.uri)) for file in files if not is_remote(file.uri)]
+        if is_inside or any(file.is_relative_to(real_out) for file in local_files):
             raise UserError(f"--out '{out}' overlaps with the predictions in '{path}'. Give another folder.")
     columns_by_source = {source: _match_columns(columns, files_by_source[source])}
     for path in against:
         try:
-            columns_by_source[path] = _match_columns(
-                columns.with_columns(compare_to_columns, "--compare-to-columns"), files_by_source[path]
-            )
+            renamed = columns.with_columns(compare_to_columns, "--compare-to-columns")
+            columns_by_source[path] = _match_columns(renamed, files_by_source[path])
         except BadFile as error:
             raise BadFile(str(error).replace("--columns", "--compare-to-columns"), error.uri) from None
     with write_lock(out, "an evaluation", "give another folder with --out", wait=True):
@@ -411,10 +404,8 @@ def evaluate_predictions(
             for path, files in files_by_source.items()
         }
         tasks = tuple(task.name for task in columns_by_source[source].tasks if task.name not in columns.outcomes)
-        facts = {"predictions": source, "files": f"{len(files_by_source[source]):,}"}
-        facts |= {
-            "columns": ", ".join(f"{part}={name}" for part, name in columns_by_source[source].by_part().items() if name)
-        }
+        named = [f"{part}={name}" for part, name in columns_by_source[source].by_part().items() if name]
+        facts = {"predictions": source, "files": f"{len(files_by_source[source]):,}", "columns": ", ".join(named)}
         results = Results(measured, tasks, rules, f"Evaluation of {names[source]}", facts)
         write_results(results, out)
     return results

@@ -143,9 +143,7 @@ def compare_with_champion(
             raise UserError(f"it {overlap[0]}")
         champion_name = f"version {champion.number}"
         layout, calibration = ModelLayout.of(prepared.layout, settings), read_calibration(artifact)
-        rows = _open_judging_rows(
-            prepared.split("validation"), layout
-        )  # raises for too few users before scoring starts
+        rows = _open_judging_rows(prepared.split("validation"), layout)  # raises if there are too few users
         champion_rows = _score_by_champion(settings, prepared, ranker, folder, champion_name)
         model_rows = score_rows(settings, model, layout, rows, calibration, name)
         slicing = None if settings.evaluation.guardrail_slices == () else RowSlicer(settings, artifact)
@@ -174,10 +172,8 @@ def _judge_trouble(trouble: Exception, champion: ModelVersion, alias: str, is_lo
     is_broken = isinstance(trouble, UserError) or "not finite numbers" in problem
     if is_broken and not is_loaded and not isinstance(trouble, PredictionMismatchError):
         return True, f"{version} can't be served any more: {problem}"
-    return (
-        False,
-        f"{version} can't be compared on this machine: {problem}. To serve another version, move the alias by hand.",
-    )
+    advice = "To serve another version, move the alias by hand."
+    return False, f"{version} can't be compared on this machine: {problem}. {advice}"
 
 
 def _read_verdict(results: Results) -> tuple[bool, str]:

@@ -67,9 +67,8 @@ class Objective:
             return Objective(metric.name, (SCORE,), metric.better)
         for candidate in (metric, find_objective_metric("r2")):
             with_metric = {task.name for task in sums.tasks if candidate.applies_to(task.kind)}
-            if eligible := tuple(
-                task for task in tasks if task in with_metric and count_minority(sums, task) >= MIN_RARER_ROWS
-            ):
+            measured = [task for task in tasks if task in with_metric]
+            if eligible := tuple(task for task in measured if count_minority(sums, task) >= MIN_RARER_ROWS):
                 return Objective(candidate.name, eligible, candidate.better)
         return None
 
@@ -89,9 +88,8 @@ def find_objective_metric(primary_metric: str) -> Metric[Any]:
         if metric.name == name and group in ("", SCORE) and applies and metric.has_interval and metric.better != "one":
             return metric
     raise UserError(
-        f"evaluation.primary_metric is '{primary_metric}'; expected a metric of tasks, such as auc, gauc_user "
-        "or logloss, or "
-        "one of the score, such as score.ndcg_at_10"
+        f"evaluation.primary_metric is '{primary_metric}'; expected a metric of tasks, such as auc, gauc_user or "
+        "logloss, or one of the score, such as score.ndcg_at_10"
     )
 
 
@@ -161,9 +159,7 @@ class BootstrapMetrics:
             compute: Function that computes the numbers by metric, None for the metrics themselves.
         """
         estimates = bootstrap(compute or self.compute, self.num_units, resamples)
-        return {
-            key: replace(estimate, effective_users=self.effective_users(key)) for key, estimate in estimates.items()
-        }
+        return {key: replace(value, effective_users=self.effective_users(key)) for key, value in estimates.items()}
 
 
 @dataclass(frozen=True)
@@ -311,9 +307,8 @@ def summarize(sums: EvaluationSums, resamples: int = 1000) -> Summary:
                 value = float(metric.summarize(group.resamples(np.ones((num_units, 1))))[0])
                 details[metric.name] = value if np.isfinite(value) else None
             details |= metric.details(group, resamples)
-        fewest = min(
-            (group.effective_users[metric] for metric, at in its.items() if at.value is not None), default=np.inf
-        )
+        users = [group.effective_users[metric] for metric, at in its.items() if at.value is not None]
+        fewest = min(users, default=np.inf)
         few = fewest if fewest < min(FEW_USERS, num_units / 2) else None
         task = None if name == SCORE else name
         return GroupSummary(kind, {count: sums.total(count, task) for count in counts}, its, details, few)
