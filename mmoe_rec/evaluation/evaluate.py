@@ -341,15 +341,9 @@ def evaluate_models(
                 "relevance_weights": {task_name: task.score_weight for task_name, task in settings.tasks.items()},
                 "score_weights": {task.name: task.score_weight for task in info.tasks},
             }
-            measured[name] = measure_model(
-                rows,
-                rules.resamples,
-                slicing.find(rows),
-                model_facts,
-                address=model.uri,
-                training_overlap=describe_training_overlap(settings, model.folder),
-                undertraining=info.undertraining,
-            )
+            overlap = describe_training_overlap(settings, model.folder)
+            about = {"address": model.uri, "training_overlap": overlap, "undertraining": info.undertraining}
+            measured[name] = measure_model(rows, rules.resamples, slicing.find(rows), model_facts, **about)
         title = f"{'Promotion' if artifact_path == PROMOTION_FOLDER else 'Evaluation'} of {settings.name}"
         title += "" if split == "test" else f" on {split} rows"
         facts = _facts(settings, split) | {"artifact": artifact_version(first.folder)}

@@ -221,19 +221,12 @@ def _open_log(settings: Settings, artifact: Path, slices: Sequence[SliceSpec]) -
             "slices by columns of the log need columns.candidate, because data.skip_bad_files is set. Without "
             f"candidates, rows are matched by number, and a skipped file would shift the numbers; {_ADVICE}"
         )
-    extra_columns: dict[str, ColumnUse] = {spec.column: "any" for spec in slices if spec.column not in uses}
-    types, source = pipeline.key_types, settings.data.log
+    extra: dict[str, ColumnUse] = {spec.column: "any" for spec in slices if spec.column not in uses}
+    source, types, skip = settings.data.log, pipeline.key_types, options.skip_bad_files
     try:
-        log = Log(
-            source,
-            schema,
-            skip_bad_files=options.skip_bad_files,
-            types=types,
-            max_time=options.max_time,
-            extra_columns=extra_columns,
-        )
+        log = Log(source, schema, skip_bad_files=skip, types=types, max_time=options.max_time, extra_columns=extra)
     except BadFile as error:
-        raise UserError(f"{error} ({OPTION})" if extra_columns else str(error)) from None
+        raise UserError(f"{error} ({OPTION})" if extra else str(error)) from None
     for spec in slices:  # raise errors before rows are scored
         _values_of(spec, pa.nulls(0, log.types.get(spec.column, pa.null())))
     return log

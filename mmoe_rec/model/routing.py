@@ -25,15 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GateOutput:
-    """Outputs of the gates for B rows, from which a rule chooses experts.
+    """Outputs of G gates and R routers for B rows and E experts. A `RoutingRule` chooses experts from them.
 
     Attributes:
-        gate_logits: (B, G, E) float32, minus infinity for an invisible expert.
-        router_logits: (B, R, E) float32, lowered for experts that are being phased in (`Gates.ramp`). Minus infinity
-            for an invisible expert.
-        probabilities: (B, R, E) float32, the routers' softmax over allowed experts, in training with noise and dropout.
+        gate_logits: (B, G, E) float32, minus infinity for experts that the gate can't use.
+        router_logits: (B, R, E) float32, the same for routers, lowered for new experts (`Gates.ramp`).
+        probabilities: (B, R, E) float32, softmax of the routers over allowed experts, in training with noise and dropout.
         allowed: (R, E) bool, the experts that may be used.
-        bias: (E,) float32, the selection bias.
+        bias: (E,) float32, added to log probabilities by rules with a selection bias.
         k: Experts per row and router, None for a rule that takes no k.
     """
 

@@ -335,7 +335,7 @@ def test_users_who_all_agree_leave_no_interval_of_no_width() -> None:
         assert 0.5 < auc["low"] < 0.7
     for name in ("logloss", "calibration", "normalized_entropy"):
         assert actual["tasks"]["bought"][name]["low"] is None
-    assert "have no interval: values are the same for all users, are undefined" in actual["tasks"]["bought"]["note"]
+    assert "have no interval: values are the same for all users, undefined" in actual["tasks"]["bought"]["note"]
 
 
 # The sums.
