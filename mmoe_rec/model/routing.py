@@ -30,7 +30,7 @@ class GateOutput:
     Attributes:
         gate_logits: (B, G, E) float32, minus infinity for experts that the gate can't use.
         router_logits: (B, R, E) float32, the same for routers, lowered for new experts (`Gates.ramp`).
-        probabilities: (B, R, E) float32, softmax of the routers over allowed experts, in training with noise and dropout.
+        probabilities: (B, R, E) float32, softmax of the routers over allowed experts. Training adds noise and dropout.
         allowed: (R, E) bool, the experts that may be used.
         bias: (E,) float32, added to log probabilities by rules with a selection bias.
         k: Experts per row and router, None for a rule that takes no k.
