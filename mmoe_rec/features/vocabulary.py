@@ -87,12 +87,7 @@ class VocabularyFeature(Feature):
         return self.table
 
     def check(self, name: str, schema: Schema) -> None:
-        """Raise ValueError if `table` is not the name of a feature with its own table.
-
-        Args:
-            name: Name of the feature.
-            schema: Schema of the settings.
-        """
+        """Raise ValueError if `table` is not the name of a feature with its own table."""
         if self.table is not None:
             check_table_owner(schema, name, "table", self.table)
 

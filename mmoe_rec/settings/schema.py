@@ -132,12 +132,7 @@ class EventFeature(Feature):
         """Return the columns of the event log that the feature reads, besides the time, with their uses."""
 
     def check(self, name: str, schema: Schema) -> None:
-        """Raise ValueError if the task or the event log doesn't exist.
-
-        Args:
-            name: Name of the feature.
-            schema: Schema that contains the feature.
-        """
+        """Raise ValueError if the task or the event log doesn't exist."""
         if self.task is not None and self.task not in schema.tasks:
             raise ValueError(f"feature '{name}' names task '{self.task}'; tasks are {', '.join(schema.tasks)}")
         if self.events is not None and self.events not in schema.events:

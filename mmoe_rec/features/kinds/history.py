@@ -69,12 +69,7 @@ class HistoryFeature(EventFeature):
         return self.of
 
     def check(self, name: str, schema: Schema) -> None:
-        """Raise ValueError if the feature doesn't fit other sections of the settings.
-
-        Args:
-            name: Name of the feature.
-            schema: Schema of the settings.
-        """
+        """Raise ValueError if the feature doesn't fit other sections of the settings."""
         super().check(name, schema)
         self.require_column(name, schema, "user", "it lists events of a user")
         check_table_owner(schema, name, "of", self.of, IdFeature, "candidate")

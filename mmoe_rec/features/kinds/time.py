@@ -56,12 +56,7 @@ class TimeFeature(Feature):
         return super().has_own_table and self.parts != ("age",)
 
     def check(self, name: str, schema: Schema) -> None:
-        """Raise ValueError if the feature doesn't fit other sections of the settings.
-
-        Args:
-            name: Name of the feature.
-            schema: Schema of the settings.
-        """
+        """Raise ValueError if the feature doesn't fit other sections of the settings."""
         if self.column is None:
             self.require_column(name, schema, "time", "it has no `column` of its own")
         if "age" in self.parts:
