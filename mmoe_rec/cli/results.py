@@ -83,7 +83,7 @@ def promote(configuration: Configuration, challenger: str | None, rollback: bool
 
 
 @settings_command()
-@click.option("--goal", metavar="TASK", help="task to improve (default: the first task)")
+@click.option("--goal", metavar="TASK", help="task whose ranking to improve (default: the first task)")
 @click.option("--max-drop", multiple=True, metavar="TASK=LOSS...", help="largest loss of NDCG@10 for another task")
 @click.option(
     "--predictions", nargs=2, metavar="V T", help="predictions of validation and test rows (default: in data.work_dir)"

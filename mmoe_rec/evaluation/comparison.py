@@ -396,7 +396,8 @@ def average_runs(
     Args:
         sums: Sums of the runs.
         resamples: Number of bootstrap resamples.
-        objective: Metric that decides. The result has the metric's mean under `OBJECTIVE`, if all tasks are measured.
+        objective: Metric that decides which settings are better. If the runs measured all of the metric's tasks, the
+            result also has this mean, under the key `OBJECTIVE`.
 
     Returns:
         Task or `score` -> metric -> mean.

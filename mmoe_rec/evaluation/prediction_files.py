@@ -143,7 +143,7 @@ def columns_from_settings(settings: Settings) -> PredictionColumns:
     log = settings.schema_.columns
     user = log.user if log.has_user else log.request or ROW_NUMBER_COLUMN
     if log.request is None:
-        # Each row of a plain table is a user. Each user of a log without times makes one request.
+        # Without a column of users, each row is a user. Without a column of times, each user makes one request.
         request = [user, log.time] if log.has_time and log.has_user else [user]
     else:
         request = [log.user, log.request] if log.request_scope == "user" else [log.request]

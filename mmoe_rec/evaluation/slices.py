@@ -451,7 +451,7 @@ def _compare_slice(
                 continue
             of_shorter_lists = ranks and is_cut and side == ALL_ROWS
             if of_shorter_lists and len(sides) > 1:
-                continue  # the comparison with another model replaces this one
+                continue  # The slice is compared with another model instead of all rows.
             difference = Difference(None)
             if is_judged and not of_shorter_lists:
                 difference = compute_difference(estimate, resampled[side, group, metric])

@@ -267,7 +267,7 @@ def sample_rows(settings: Settings, folder: Path, layout: ModelLayout, max_rows:
         max_rows: Maximum number of rows, unless the first group of users has more.
 
     Returns:
-        The rows, and a table with their IDs, joint outcomes and weights.
+        The rows, and a table with their IDs, weights, and labels of joint outcomes (such as a view with a purchase).
     """
     rows = EncodedDataset(folder, layout)
     no_inputs = EncodedDataset(folder, replace(layout, tables=(), ids=(), dense=(), attention=()))

@@ -45,7 +45,7 @@ class _Counts:
         return _sum_counts(self.keys >> (dropped_bits - self.dropped_bits), self.counts, dropped_bits)
 
     def bounded(self) -> "_Counts":
-        """Drop as few bits as needed to have at most `MAX_DISTINCT_VALUES` keys."""
+        """Return counts with at most `MAX_DISTINCT_VALUES` keys. Drop as few of the last bits of keys as needed."""
         too_few, enough = self.dropped_bits, _MAX_DROPPED_BITS
         if len(self.keys) <= MAX_DISTINCT_VALUES:
             return self

@@ -115,7 +115,7 @@ def read_artifact(folder: Path, verify: bool = True) -> ArtifactInfo:
         verify: Whether to check all files first (`check_files`).
 
     Raises:
-        UserError: The folder has no model, a model of another version, or modified files.
+        UserError: The folder has no model, modified files, or a model that another version of this package wrote.
     """
     tree = _read_object(folder / "model.json")
     if tree is not None and tree.get("format") != FORMAT:

@@ -318,7 +318,11 @@ def _regression_factor(values: list[str], weights: Mapping[str, float]) -> str:
 def _compare_value(
     database: Database, name: str, kind: ValueKind, differs: str, rows: int, numbers: tuple[str, str] | None = None
 ) -> _Comparison:
-    """Compare one value in all matched rows. `differs` is an SQL condition, and `numbers` are SQL expressions."""
+    """Compare the served and the offline value of one column in all matched rows.
+
+    `differs` is an SQL condition for rows with different values. `numbers` are SQL expressions of the served and the
+    offline number, None if the values aren't numbers.
+    """
     served, offline = numbers or ("NULL::DOUBLE", "NULL::DOUBLE")
     mismatches, largest = database.row(f"SELECT count(*) FILTER ({differs}), max(abs({served} - {offline})) {_BOTH}")
     query = f"SELECT o.*, {served} AS served, {offline} AS offline {_BOTH} WHERE {differs} ORDER BY o.number"

@@ -252,8 +252,8 @@ class Forest:
         # `_sums` computes one bit string for each different numeric split, then one for each categorical split.
         # Numeric splits of an input: the input, the range of their bit strings, their edges (E, 1).
         self._numbers: list[tuple[int, slice, np.ndarray]] = []
-        # Categorical splits of an input: the input, the range of their bit strings, and whether each whole number is in
-        # the set of each split, (largest number + 2, S) bool.
+        # S categorical splits of an input: the input, the range of these splits' bit strings, and a bool array
+        # (largest category + 2, S) that says whether a split's set contains a category.
         self._sets: list[tuple[int, slice, np.ndarray]] = []
         # Splits of each depth: positions of their nodes, indices of their bit strings, and the position of the first
         # left child. The right children follow the left children.

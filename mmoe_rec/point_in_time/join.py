@@ -90,7 +90,7 @@ class SortedEvents:
 
     @cached_property
     def group_ids(self) -> np.ndarray:
-        """Group of each event, shape (E,), int64."""
+        """Index of each event's key in `unique_keys`, shape (E,), int64."""
         # `np.repeat` would hold the interpreter lock and block other threads.
         return np.cumsum(self._starts_group) - 1
 

@@ -111,10 +111,10 @@ class LogCounts:
                 self.latest[role] = add_level(self.latest.get(role, ()), part, LatestValues.merged)
 
     def load_latest(self, folder: Path, schema: Schema) -> None:
-        """Add the latest attributes that `save_latest` wrote.
+        """Add the latest attributes of users and candidates to `latest`, from files that `save_latest` wrote.
 
         Args:
-            folder: Folder of the attributes.
+            folder: Folder of the files.
             schema: Schema with the columns of users and candidates.
         """
         columns = schema.columns

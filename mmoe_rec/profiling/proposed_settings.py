@@ -124,7 +124,7 @@ class ProposedSettings:
             best = f"WHERE nth >= {min_nth} AND t < {cuts[0]} ORDER BY abs(before - {number * fraction}), t LIMIT 1"
             cut, number = self.profile.row(f"SELECT min(t), min(before) FROM (SELECT * FROM ({times}) {best})")
             if cut is None:
-                raise UserError(f"'{self.profile.name}' has fewer than three different times. Split it by finer times")
+                raise UserError(f"'{self.profile.name}' has fewer than three different times. Use a finer time column")
             number, cuts = float(number), [int(cut), *cuts]
         if parts := self._find_unfair(t, cuts, usable):
             why = f"{parts} of the rows are for training, validation and test, because many rows have the same time"

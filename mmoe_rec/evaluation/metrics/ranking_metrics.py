@@ -277,9 +277,9 @@ class CatalogMetric(BaseMetric):
         """Define the metric.
 
         Args:
-            of_catalog: Function that computes the metric, such as `coverage`. Its name is part of the metric's name.
+            of_catalog: Function that computes the metric, such as `coverage`. The metric has the function's name.
             better: Direction of better values.
-            cutoff: Number of first rows.
+            cutoff: Number of rows of each request that count, from the highest score.
             is_headline: Whether the table on the terminal has the metric.
         """
         self._of_catalog, self.cutoff = of_catalog, cutoff

@@ -38,7 +38,7 @@ _FEATURES = TypeAdapter(dict[str, FeatureSettings])
 
 
 def parse_schema(sections: Mapping[str, Any]) -> Schema:
-    """Return the schema of `sections` of a settings file (`columns` to `events`).
+    """Build a schema from the sections of a settings file that have the names of its fields, such as `columns`.
 
     Raises:
         pydantic.ValidationError: A section is not valid.

@@ -27,7 +27,10 @@ MAX_LABEL_SUM = _MAX_UNITS / LABEL_SCALE
 
 
 class CounterFeature(EventFeature):
-    """Trailing statistics of a task's label, or of events, over all earlier rows with the same key, point in time."""
+    """Statistics of a task's label, or of events, over earlier rows with the same key.
+
+    Only labels and events that were available before the request count.
+    """
 
     kind: Literal["counter"]
     by: Annotated[tuple[str, ...], Unique] = Field(
