@@ -125,7 +125,7 @@ def source_includes(source: str, files: Sequence[Path]) -> bool:
 
 
 def split_glob(source: str) -> tuple[str, Sequence[str]]:
-    """Split `source` into a folder without wildcards and the parts of the glob below it (`**` without wildcards)."""
+    """Split `source` into a folder without wildcards and the glob below it. Without any wildcard, the glob is `**`."""
     parts = Path(source).parts
     wild = [number for number, part in enumerate(parts) if _MAGIC & set(part)]
     if not wild or os.path.isdir(source):
@@ -163,7 +163,7 @@ def _walk(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
 
 
 def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
-    """Return whether `_walk` would yield the file whose path below the folder has these `names`. No names match too."""
+    """Return whether `_walk` would yield a file with these `names` in its path below the folder. True for no names."""
     return not names or any(_matches(names[1:], rest) for rest in _below(names[0], len(names) > 1, parts))
 
 

@@ -4,8 +4,8 @@ For each batch, the pipeline calls `StepRunner.zero_grad` and `StepRunner._forwa
 pass, which updates the tables, and calls `StepRunner.step`.
 
 The CPU queues operations, and the GPU runs them. While the CPU waits for a result, it queues nothing, and the GPU
-becomes idle. In a step, the CPU therefore waits only once, in `StepRunner.step`. `tests/gpu/test_device.py` counts the
-waits.
+becomes idle. In a step, the CPU therefore waits only once, in `StepRunner.step`. With several ranks, torchrec's
+pipeline also reads the numbers of IDs to exchange, one step ahead. `tests/gpu/test_device.py` counts the waits.
 """
 
 import copy
