@@ -1,4 +1,4 @@
 """MLflow runs, metrics, files and registered models.
 
-Begin in `runs` for runs, and in `registry` for models. Only this package and `inference` import MLflow.
+`runs` records runs, and `registry` manages models. Only this package and `inference` import MLflow.
 """

@@ -1,8 +1,8 @@
 """Connection to MLflow: URIs, timeouts, and MLflow's errors as short sentences.
 
-With a SQLite URI such as `sqlite:///mlflow.db`, the database file contains runs, metrics and the registry. Files of
-runs and models are in `mlartifacts/` next to it. (MLflow's own default would be `mlruns/` in the working folder of the
-command.) Any other URI is a server's, which chooses where to store files.
+With a SQLite URI such as `sqlite:///mlflow.db`, the database file contains runs, metrics and the registry. The folder
+`mlartifacts/` next to the database file contains the files of runs and models. With any other URI, an MLflow server
+chooses where to store files.
 """
 
 import logging
@@ -21,8 +21,7 @@ from mmoe_rec.progress import quiet_loggers
 
 _URI_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 
-# Minimum level of messages to show, by logger. Messages below it describe MLflow internals such as migrations, which
-# users can't act on.
+# Logger -> minimum level of messages to show. Other messages describe MLflow internals that users can't act on.
 _QUIET_LOGGERS = {
     "alembic": logging.WARNING,
     "mlflow.store.db.utils": logging.CRITICAL,
@@ -33,17 +32,17 @@ _QUIET_LOGGERS = {
     "mlflow.utils.environment": logging.ERROR,
 }
 
-# By default MLflow's client waits two minutes for a reply and retries seven times, which would block training. If the
-# user's environment sets these variables, its values are used instead.
+# By default, MLflow's client waits two minutes for a reply and retries seven times, which would block training. Values
+# of these variables in the user's environment take precedence.
 SHORT_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 # Uploads of large models take long, because the server replies after storing them.
 MODEL_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "300", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-# Ignore Retry-After, which could block the command for minutes. The command prints the run's URL itself.
+# Ignore Retry-After, which could block the command for minutes. Print no URL, because the command prints it itself.
 _ALWAYS = {"MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 
 
 class UnreachableError(UserError):
-    """MLflow does not answer, or not in time. This may be temporary."""
+    """Error that MLflow does not answer, or not in time. The error may be temporary."""
 
 
 def read_sqlite_path(tracking_uri: str) -> Path | None:
@@ -66,7 +65,7 @@ def connect(tracking_uri: str) -> Any:
         import mlflow
         import mlflow.pyfunc
 
-    # MLflow writes the URIs to these variables, which would look like the user's own values.
+    # MLflow writes the URIs to these variables, where they would look like the user's own values.
     variables = {name: os.environ.get(name) for name in _URI_VARIABLES}
     mlflow.set_tracking_uri(tracking_uri)
     mlflow.set_registry_uri(tracking_uri)
@@ -94,7 +93,7 @@ def translate_errors(tracking_uri: str, model_uri: str | None = None, catch_all:
 
     Raises:
         UnreachableError: MLflow does not answer.
-        UserError: MLflow refuses.
+        UserError: MLflow refuses the call.
     """
     import sqlalchemy.exc
     from mlflow.exceptions import MlflowException
@@ -142,7 +141,7 @@ def open_client(
         yield mlflow.MlflowClient()
 
 
-# Patterns that find the cause in long error messages of requests, urllib3 and SQLAlchemy, and the texts to show for it.
+# Pattern of the cause in a long error message of requests, urllib3 or SQLAlchemy, and the text to show instead.
 _CAUSES = (
     (r"\[Errno -?\d+\] ([^'\")\]]+)", r"\1"),
     (r"(?i)timed out", "no reply in time"),

@@ -1,4 +1,7 @@
-"""The model registry: find, register, describe and remove versions of models, and move aliases."""
+"""The model registry: find, register, describe and remove versions of models, and move aliases.
+
+Functions with a `tracking_uri` raise UnreachableError if MLflow does not answer, and UserError if MLflow refuses.
+"""
 
 import io
 import re
@@ -34,7 +37,7 @@ from mmoe_rec.tracking.runs import Run
 if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
 
-CHALLENGER_ALIAS = "challenger"  # alias of a new model that is not better than the champion
+CHALLENGER_ALIAS = "challenger"  # Alias of a new model that is not better than the champion.
 # The tag `replaced.ALIAS` of a version contains the number of the version that had ALIAS before.
 _REPLACED_TAG = "replaced"
 _MAX_DESCRIPTION_CHARS, _MAX_TAG_CHARS = 4900, 4000  # databases behind MLflow accept 5,000
@@ -42,15 +45,12 @@ _UNUSED_VERSION, _NOT_FOUND = "2147483647", "RESOURCE_DOES_NOT_EXIST"
 
 
 def load_ranker(model: str | Path, tracking_uri: str | None = None) -> "Ranker":
-    """Load the ranker of a model from a folder or from MLflow.
+    """Load a ranker from a folder or from MLflow, and check the files and example predictions of its model.
 
     Args:
         model: Folder of the model, or a URI that `fetch_model` takes, such as `models:/NAME@ALIAS`.
         tracking_uri: URI of the MLflow server or store. Defaults to the URI set by `mlflow.set_tracking_uri`, or else
             to the default of the setting `tracking.uri`.
-
-    Returns:
-        The ranker, with checked files and predictions.
 
     Raises:
         UserError: The URI leads to no model, or the model can't be loaded here.
@@ -63,8 +63,7 @@ def load_ranker(model: str | Path, tracking_uri: str | None = None) -> "Ranker":
     return Ranker.load(fetch_model(str(model), tracking_uri or configured_uri or Tracking().resolved_uri))
 
 
-# The served model requires the installed versions of these packages. Scoring needs neither torchrec nor fbgemm. tzdata
-# is for systems without time zones.
+# A registered model requires the installed versions of these packages. tzdata is for systems without time zones.
 SERVED_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "pydantic", "safetensors", "torch", "tzdata")
 # Parts of this package that scoring imports.
 SERVED_CODE = (
@@ -84,16 +83,11 @@ SERVED_CODE = (
 
 
 def resolve_model(model_uri: str, tracking_uri: str) -> ResolvedModel:
-    """Find and download a model.
-
-    An alias is resolved only once, so all fields of the result describe the same version even if the alias moves.
+    """Find and download a model. An alias is looked up only once, so all fields of the result are of one version.
 
     Args:
-        model_uri: Artifact folder, or a URI that MLflow accepts (see `fetch_model`).
+        model_uri: Path or URI of the model, as for `fetch_model`.
         tracking_uri: URI of the MLflow server or store.
-
-    Raises:
-        UserError: There is no model at the URI.
     """
     pinned = pin_model_uri(model_uri, tracking_uri)
     return ResolvedModel(fetch_model(pinned, tracking_uri), pinned, find_run_id(pinned, tracking_uri))
@@ -118,18 +112,14 @@ def fetch_model(model_uri: str, tracking_uri: str) -> Path:
                 f"'{model_uri}' holds no model (model.json). Give an artifact folder or models:/NAME@ALIAS."
             )
         return folder
-    artifact = _find_artifact(_download(model_uri, tracking_uri))
-    if artifact is None:
-        raise UserError(f"'{model_uri}' is not a ranking model: it holds no model.json")
-    return artifact
-
-
-def _download(model_uri: str, tracking_uri: str) -> Path:
-    """Download the files of a URI. For local files, MLflow returns their own path."""
     _require_store(model_uri, tracking_uri)
     mlflow = connect(tracking_uri)
     with client_timeouts(MODEL_TIMEOUTS), translate_errors(tracking_uri, model_uri, catch_all=True):
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri))
+        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri))
+    artifact = _find_artifact(folder)
+    if artifact is None:
+        raise UserError(f"'{model_uri}' is not a ranking model: it holds no model.json")
+    return artifact
 
 
 def find_run_id(model_uri: str, tracking_uri: str) -> str | None:
@@ -138,9 +128,6 @@ def find_run_id(model_uri: str, tracking_uri: str) -> str | None:
     Args:
         model_uri: URI of the model.
         tracking_uri: URI of the MLflow server or store.
-
-    Raises:
-        UserError: The name or alias is unknown.
     """
     if _read_scheme(model_uri) != "models":
         return None
@@ -162,14 +149,11 @@ def find_run_id(model_uri: str, tracking_uri: str) -> str | None:
 
 
 def pin_model_uri(model_uri: str, tracking_uri: str) -> str:
-    """Replace the alias in a registry URI by its current version, without downloading. Other URIs stay as they are.
+    """Replace the alias in a registry URI by the version that has it. Other URIs stay as they are.
 
     Args:
         model_uri: URI of the model.
         tracking_uri: URI of the MLflow server or store.
-
-    Raises:
-        UserError: The name or alias is unknown.
     """
     if _read_scheme(model_uri) != "models" or Path(model_uri).exists():
         return model_uri
@@ -181,7 +165,7 @@ def pin_model_uri(model_uri: str, tracking_uri: str) -> str:
 
 
 def _require_store(model_uri: str, tracking_uri: str) -> None:
-    """Raise UserError if mlflow isn't installed or the SQLite store doesn't exist, since a lookup would create it."""
+    """Raise UserError if mlflow isn't installed, or if the SQLite store doesn't exist, which a lookup would create."""
     if find_spec("mlflow") is None:
         raise UserError(f"'{model_uri}' needs mlflow, which is not installed. Install it or give a folder.")
     file = read_sqlite_path(tracking_uri)
@@ -211,7 +195,7 @@ class ModelVersion:
         name: Name of the registered model.
         number: Version number.
         run_id: ID of the run that made the version.
-        tags: Tags of the version at lookup time.
+        tags: Tags of the version when it was looked up.
     """
 
     name: str
@@ -235,9 +219,6 @@ def list_aliases(name: str, tracking_uri: str) -> dict[str, str]:
     Args:
         name: Name of the registered model.
         tracking_uri: URI of the MLflow server or store.
-
-    Raises:
-        UserError: MLflow does not answer. All later functions of this module raise it too.
     """
     from mlflow.exceptions import MlflowException
 
@@ -270,9 +251,6 @@ def get_version(name: str, number: str, tracking_uri: str) -> ModelVersion:
         name: Name of the registered model.
         number: Version number.
         tracking_uri: URI of the MLflow server or store.
-
-    Raises:
-        UserError: There is no such version.
     """
     with open_client(tracking_uri, f"models:/{name}/{number}") as client:
         version = client.get_model_version(name, number)
@@ -288,9 +266,6 @@ def move_alias(name: str, alias: str, number: str, tracking_uri: str, previous: 
         number: Number of the version.
         tracking_uri: URI of the MLflow server or store.
         previous: Version that had the alias, to store for `ModelVersion.find_previous_champion`.
-
-    Raises:
-        UserError: The registry refuses.
     """
     with open_client(tracking_uri) as client:
         if previous is not None and previous.number != number:
@@ -299,7 +274,7 @@ def move_alias(name: str, alias: str, number: str, tracking_uri: str, previous: 
 
 
 def clear_previous_champion(version: ModelVersion, alias: str, tracking_uri: str) -> None:
-    """Remove the tag that names the previous champion (`find_previous_champion`). `move_alias` may set it again.
+    """Remove the tag of a version that names the previous champion, see `ModelVersion.find_previous_champion`.
 
     Args:
         version: The version.
@@ -311,27 +286,16 @@ def clear_previous_champion(version: ModelVersion, alias: str, tracking_uri: str
 
 
 def delete_old_versions(name: str, tag: str, keep: int, tracking_uri: str) -> list[str]:
-    """Delete old versions of a model that have a tag, with their files.
+    """Delete old versions of a model that have a tag, with their files, and return the numbers of these versions.
 
-    These versions stay:
-
-    - Versions with an alias or a stage.
-    - Versions that had an alias directly before the current version, to move the alias back.
-    - Versions whose files another version uses.
-
-    Files are deleted before their version. If a call is interrupted in between, the next call deletes the version.
+    Versions stay if they have an alias or a stage, if they had an alias directly before the current version (so that
+    the alias can move back), or if another version uses their files.
 
     Args:
         name: Name of the registered model.
         tag: Name of the tag.
-        keep: Number of other versions to keep, newest first.
+        keep: Number of further versions to keep, newest first.
         tracking_uri: URI of the MLflow server or store.
-
-    Returns:
-        Numbers of the deleted versions.
-
-    Raises:
-        UserError: MLflow refuses.
     """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -342,7 +306,7 @@ def delete_old_versions(name: str, tag: str, keep: int, tracking_uri: str) -> li
         staged = {str(version.version) for version in versions if version.current_stage not in (None, "None")}
         champion_tags = [version.tags.items() for version in versions if str(version.version) in in_use]
         in_use |= {number for tags in champion_tags for key, number in tags if key.startswith(f"{_REPLACED_TAG}.")}
-        # A copy of a version has the tags of the original but no files of its own. Its source isn't `models:/m-...`.
+        # A copy of a version has the tags of the original but no files, and its source isn't `models:/m-...`.
         candidates = [
             version for version in versions if tag in version.tags and version.source.startswith("models:/m-")
         ]
@@ -352,6 +316,7 @@ def delete_old_versions(name: str, tag: str, keep: int, tracking_uri: str) -> li
             if len(sharing) > 1 or client.get_model_version(name, version.version).aliases:
                 continue
             logged_model = client.get_logged_model(version.source.removeprefix("models:/"))
+            # Delete the files before the version. After an interruption, the next call still finds the version.
             get_artifact_repository(logged_model.artifact_location).delete_artifacts()
             client.delete_model_version(name, version.version)
             client.delete_logged_model(logged_model.model_id)
@@ -360,7 +325,7 @@ def delete_old_versions(name: str, tag: str, keep: int, tracking_uri: str) -> li
 
 
 def describe_version(version: ModelVersion, text: str, tags: Mapping[str, str], tracking_uri: str) -> None:
-    """Write the description and tags of a version. Errors are only printed, because descriptions are optional.
+    """Write the description and tags of a version. Only print errors, because descriptions are optional.
 
     Args:
         version: The version.
@@ -369,10 +334,9 @@ def describe_version(version: ModelVersion, text: str, tags: Mapping[str, str], 
         tracking_uri: URI of the MLflow server or store.
     """
     text = truncate_markdown(hide_password(text), _MAX_DESCRIPTION_CHARS)
+    masked = {name: hide_password(value)[:_MAX_TAG_CHARS] for name, value in tags.items()}
     try:
-        tag_version(
-            version, {name: hide_password(value)[:_MAX_TAG_CHARS] for name, value in tags.items()}, tracking_uri
-        )
+        tag_version(version, masked, tracking_uri)
         with open_client(tracking_uri) as client:
             if text:
                 client.update_model_version(version.name, version.number, text)
@@ -387,9 +351,6 @@ def tag_version(version: ModelVersion, tags: Mapping[str, str], tracking_uri: st
         version: The version.
         tags: Tags by name.
         tracking_uri: URI of the MLflow server or store.
-
-    Raises:
-        UserError: The registry refuses.
     """
     with open_client(tracking_uri) as client:
         for name, value in tags.items():
@@ -416,7 +377,7 @@ def check_registry_names(tracking_uri: str, model: str, alias: str) -> None:
 
     make_store(tracking_uri)
     with open_client(tracking_uri) as client:
-        try:  # MLflow checks names before it finds that this version doesn't exist
+        try:  # MLflow checks both names before it finds that version `_UNUSED_VERSION` doesn't exist.
             client.set_registered_model_alias(model, alias, _UNUSED_VERSION)
         except MlflowException as error:
             if error.error_code == "INVALID_PARAMETER_VALUE":
@@ -428,7 +389,7 @@ def check_registry_names(tracking_uri: str, model: str, alias: str) -> None:
 def register_model(
     run: Run, artifact_folder: Path, name: str, alias: str | None = None, tags: Mapping[str, str] | None = None
 ) -> str:
-    """Log an artifact folder as the run's model, register it and point an alias to it.
+    """Log an artifact folder as the run's model, register the model, and return the number of the new version.
 
     Args:
         run: A recorded run.
@@ -436,9 +397,6 @@ def register_model(
         name: Name of the registered model.
         alias: Alias for the new version. None sets no alias.
         tags: Tags of the new version.
-
-    Returns:
-        Number of the new version.
 
     Raises:
         UnreachableError: MLflow does not answer.
@@ -451,7 +409,7 @@ def register_model(
 
     from mmoe_rec.inference.ranker import Ranker
 
-    # Check the model here, because MLflow would register it even if its example fails.
+    # Check the model here, because MLflow would register a model even if its example fails.
     Ranker.load(artifact_folder)
     threads = torch.get_num_threads()
 
@@ -466,7 +424,7 @@ def register_model(
     ):
         arguments = build_log_model_args(artifact_folder, Path(scratch))
         logged = mlflow.pyfunc.log_model(name="ranking_model", **arguments)
-        torch.set_num_threads(threads)  # MLflow has just run the served model, which sets it to 1
+        torch.set_num_threads(threads)  # MLflow has just run the served model, which sets 1 thread.
         registered = mlflow.register_model(logged.model_uri, name, tags=dict(tags or {}))
         if alias is not None:
             mlflow.MlflowClient().set_registered_model_alias(name, alias, registered.version)
@@ -494,23 +452,22 @@ def build_log_model_args(artifact_folder: Path, scratch: Path) -> dict[str, Any]
         "pip_requirements": [f"{package}=={metadata.version(package).split('+')[0]}" for package in SERVED_PACKAGES],
         "signature": _signature(info.tasks),
         "input_example": ([example], {"task_weights": {task.objective: 1.0 for task in info.tasks}, "top_k": 5}),
-        # MLflow would use uv.lock and pyproject.toml of the working folder, and build that project instead of
-        # installing the requirements. Point it to a folder without these files.
+        # With uv.lock and pyproject.toml in the working folder, MLflow would build that project instead of installing
+        # the requirements. Point it to a folder without these files.
         "uv_project_path": str(scratch),
     }
 
 
 def _signature(tasks: Sequence[ModelTask]) -> Any:
-    """Build the signature, with inputs of any kind and the parameters of `request_reader.REQUEST_OPTIONS`.
+    """Build the signature with the parameters of `request_reader.REQUEST_OPTIONS`.
 
-    Without this signature, MLflow would derive parameters from the example request. The example's values would become
-    defaults, and callers would have to give all task weights.
+    Without a signature, MLflow would take the example's parameters as defaults and require all task weights.
     """
     from mlflow.models import ModelSignature
     from mlflow.types.schema import AnyType, DataType, Object, ParamSchema, ParamSpec, Property
 
     names = dict.fromkeys([*(task.name for task in tasks), *(task.objective for task in tasks)])
-    # Accept any weights here, because the model's own errors are one sentence and MLflow's repeat the schema.
+    # Accept any weights here. The model checks them and raises shorter errors than MLflow.
     weights = Object([Property(name, AnyType(), required=False) for name in names])
     params = ParamSchema(
         [
@@ -540,10 +497,7 @@ def find_registered_version(run: Run, name: str) -> str | None:
 
 @contextmanager
 def _no_bytecode() -> Iterator[None]:
-    """Turn off Python's bytecode cache within the context.
-
-    MLflow runs the model's code in the folder that it registers, and `__pycache__` would become a part of the model.
-    """
+    """Turn off Python's bytecode cache within the context, because MLflow would register `__pycache__` too."""
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         yield

@@ -31,22 +31,21 @@ from mmoe_rec.tracking.client import (
     truncate_markdown,
 )
 
-MAX_WAIT_SECONDS = 120.0  # for commands that can do nothing without MLflow
-_PAUSE_SECONDS = 5.0  # between attempts
+MAX_WAIT_SECONDS = 120.0  # Time to wait for MLflow, for commands that can do nothing without it.
+_PAUSE_SECONDS = 5.0  # Pause between attempts to reach MLflow.
 _RESUME_KEY_TAG = "training_key"
-_DESCRIPTION_TAG = "mlflow.note.content"  # MLflow shows this tag as the run's description, in Markdown
-_MAX_SECTION_CHARS = 1900  # MLflow truncates descriptions to 8,000 characters
+_DESCRIPTION_TAG = "mlflow.note.content"  # MLflow shows this tag as the run's description, in Markdown.
+_MAX_SECTION_CHARS = 1900  # MLflow truncates descriptions to 8,000 characters.
 # This tag marks an experiment as model training, not as an LLM application.
 _EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")
 _CONTEXTS = {"train": "training", "validation": "validation", "test": "test"}
-_QUIET_LOGGERS = {"mlflow.system_metrics": logging.CRITICAL}  # it reports that it stops if a server is away
+_QUIET_LOGGERS = {"mlflow.system_metrics": logging.CRITICAL}  # Hide messages about an unreachable server.
 
 
-# Messages that can't be sent are saved in `unsent/RUN.jsonl`, one per line, with the contents of their files.
-#
-# After the first message without an answer, later messages go to the file too, so that the order is kept. The file is
-# sent at the end of the run, or else by the next command in the same folder. If a command is killed while it sends, the
-# whole file is sent again. This does no harm, because MLflow ignores repeated messages.
+# Messages that can't be sent are saved in `unsent/RUN.jsonl`, one per line, with the contents of files to upload. To
+# keep the order, all later messages are saved too. The saved messages are sent at the end of the run, or else by the
+# next command in the same folder. If a command is killed while it sends them, the next command sends all of them
+# again. MLflow ignores repeated messages.
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ class Message:
 
     Attributes:
         kind: Part of the run to change.
-        values: Values to record as JSON, in the form that `_deliver` expects for the kind.
-        file: File to upload under its own name, for the kind `file`.
+        values: Values to record, in the form that the function `_deliver` expects for the kind.
+        file: File to upload, for the kind `file`.
     """
 
     kind: Literal["params", "metrics", "tags", "inputs", "file", "end"]
@@ -67,17 +66,15 @@ class Message:
 class Outbox:
     """Sends the messages of one run to MLflow, and saves messages that can't be sent.
 
+    Args:
+        file: File for messages that can't be sent. Without a file, `put` raises the errors of `send`.
+        send: Sends one message. Raises UnreachableError if MLflow does not answer, UserError if MLflow refuses.
+
     Attributes:
         last_error: Error of the last message. None if it was sent.
     """
 
     def __init__(self, file: Path | None, send: Callable[[Message], None]) -> None:
-        """Prepare to send messages.
-
-        Args:
-            file: File for messages that can't be sent. Without it, `put` raises the errors of `send`.
-            send: Sends one message. Raises UnreachableError if MLflow does not answer, UserError if it refuses.
-        """
         self.file, self._send = file, send
         self.last_error: UserError | None = None
 
@@ -92,20 +89,19 @@ class Outbox:
                 say(f"{self.last_error}. The command continues. Messages for MLflow are saved in '{self.file}'")
             try:
                 with self._lock(self.file), self.file.open("a", encoding="utf-8") as output:
-                    output.write(
-                        f"\n{json.dumps(tree)}"
-                    )  # begin a new line in case a killed command cut off the last line
+                    # Begin a new line, because a killed command may have cut off the last line.
+                    output.write(f"\n{json.dumps(tree)}")
             except OSError as error:
                 raise UserError(
                     f"{self.last_error}, and it can't be saved in '{self.file}': {error.strerror}"
                 ) from None
 
     def flush(self, seconds: float = 0.0) -> None:
-        """Send the saved messages, and retry for some seconds while MLflow doesn't answer. Errors set `last_error`."""
+        """Send the saved messages. Retry while MLflow doesn't answer, and store errors in `last_error`."""
         deadline = time.monotonic() + seconds
         while self.file is not None and self.file.exists():
             with self._lock(self.file):
-                if self.file.exists():  # another command may have sent it in the meantime
+                if self.file.exists():  # Another command may have sent the messages in the meantime.
                     self._send_saved(self.file)
             remaining = deadline - time.monotonic()
             if not isinstance(self.last_error, UnreachableError) or remaining <= 0:
@@ -117,7 +113,7 @@ class Outbox:
         unsent, self.last_error = list[str](), None
         with tempfile.TemporaryDirectory() as scratch:
             for line in file.read_text(encoding="utf-8").split("\n"):
-                with suppress(ValueError):  # skip a line that a killed command cut off
+                with suppress(ValueError):  # Skip a line that a killed command cut off.
                     tree, path = json.loads(line), None
                     if tree["file"] is not None:
                         path = Path(scratch, tree["file"][0])
@@ -131,7 +127,7 @@ class Outbox:
             say(f"MLflow has received the messages saved in '{file}'")
 
     def _deliver(self, message: Message) -> bool:
-        """Send a message unless MLflow stopped answering. Returns whether it was sent."""
+        """Send a message unless MLflow has stopped answering. Return whether the message was sent."""
         if isinstance(self.last_error, UnreachableError):
             return False
         try:
@@ -153,15 +149,15 @@ def list_unsent_runs(folder: Path) -> list[str]:
 
 @dataclass
 class Run:
-    """A run of which settings, metrics and files are recorded in MLflow. Without an outbox, all methods do nothing.
+    """A run whose settings, metrics and files are recorded in MLflow. Without an outbox, all methods do nothing.
 
     Attributes:
         run_id: ID of the run.
         outbox: Outbox for messages.
-        url: Page of the run, or a description for a local store.
-        params: Settings that a resumed run has already logged.
-        last_steps: Last step of each metric that a resumed run has already logged.
-        description: Description of a resumed run, in Markdown.
+        url: URL of the run's page, or a description of the run for a local store.
+        params: Settings that were logged before the run was resumed.
+        last_steps: Metric name -> last step that was logged before the run was resumed.
+        description: Description of the run, in Markdown.
     """
 
     run_id: str | None
@@ -178,13 +174,13 @@ class Run:
         files: Mapping[str, str | Mapping[str, Any]] | None = None,
         inputs: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Log settings, tags, files and input rows.
+        """Log settings, tags, files and data sets.
 
         Args:
-            params: Settings, see `log_params`.
+            params: Settings, as for `log_params`.
             tags: Tags by name.
             files: Texts or JSON values by file name.
-            inputs: Rows that the run reads, see `log_inputs`.
+            inputs: Data sets, as for `log_inputs`.
         """
         self.log_params(params or {})
         self.set_tags(tags or {})
@@ -193,9 +189,9 @@ class Run:
         self.log_inputs(inputs)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log settings. Nested settings get names such as `model.experts.count`.
+        """Log settings under names such as `model.experts.count`.
 
-        MLflow keeps the first values, so a resumed run logs changed values as tags `resumed.NAME`.
+        MLflow can't change a logged setting. Changed values of a resumed run are logged as tags `resumed.NAME`.
         """
         texts = {name: str(value) for name, value in _flatten(params)}
         self._queue("params", {name: value for name, value in texts.items() if name not in self.params})
@@ -203,7 +199,7 @@ class Run:
         self.set_tags({f"resumed.{name}": value for name, value in changed.items()})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log metrics. A resumed run skips steps that it has already logged.
+        """Log metrics. Steps that were logged before the run was resumed are skipped.
 
         Args:
             metrics: Values by name.
@@ -223,7 +219,7 @@ class Run:
         self._queue("tags", {name: str(value) for name, value in tags.items()})
 
     def write_section(self, heading: str, text: str) -> None:
-        """Write a section of the description, replacing a section with the same heading. Text above all sections stays.
+        """Write a section of the run's description, replacing a section with the same heading.
 
         Args:
             heading: Heading of the section.
@@ -237,20 +233,16 @@ class Run:
         self.set_tags({_DESCRIPTION_TAG: self.description})
 
     def log_inputs(self, datasets: Sequence[Mapping[str, Any]]) -> None:
-        """Log the rows that the run reads.
-
-        Args:
-            datasets: Descriptions of data sets as `describe_datasets` returns them.
-        """
+        """Log the data sets that the run reads, as `describe_datasets` returns them."""
         masked = [{**dataset, "source": hide_password(dataset["source"])} for dataset in datasets]
         self._queue("inputs", {"datasets": masked} if datasets else {})
 
     def log_text(self, content: str | Mapping[str, Any], name: str) -> None:
-        """Log a text, or values as JSON, as a file.
+        """Log a file with a text or with JSON values.
 
         Args:
             content: Text or JSON values.
-            name: Name of the file.
+            name: Path of the file among the run's files.
         """
         text = content if isinstance(content, str) else json.dumps(content, indent=2)
         self._queue_file(name, lambda file: file.write_text(text, encoding="utf-8"))
@@ -260,7 +252,7 @@ class Run:
 
         Args:
             figure: Matplotlib figure.
-            name: Name of the file.
+            name: Path of the file among the run's files.
         """
         if self.outbox is not None:
             self._queue_file(name, figure.savefig)
@@ -270,7 +262,7 @@ class Run:
 
         Args:
             path: Path of the file.
-            folder: Folder of the run's files. None is the top folder.
+            folder: Folder among the run's files. None is the top folder.
         """
         self._queue("file", {"folder": folder}, Path(path))
 
@@ -311,18 +303,18 @@ def open_run(
     max_wait_seconds: float = 0.0,
     log_system_metrics: bool = False,
 ) -> Iterator[Run]:
-    """Start a run, or continue an existing run. It ends as finished, killed (if stopped) or failed.
+    """Start a run, or continue an existing run. At the end of the context, the run is finished, killed or failed.
 
     Args:
         tracking_uri: URI of the MLflow server or store.
         experiment: Name of the experiment. It is created if necessary.
         run_name: Name of a new run.
         run_id: ID of a run to continue.
-        resume_key: Key of the run. A later run with the same key continues this run.
+        resume_key: Key of the run. A later call with the same key continues the run.
         parent_run_id: ID of the open run to nest this run under.
         enabled: Whether to record the run. Pass False on all ranks except the first, so that only one rank records.
-        outbox_folder: Folder for messages that can't be sent. Messages left there by any run are sent first. Without a
-            folder, a message that can't be sent raises UserError.
+        outbox_folder: Folder for messages that can't be sent. Messages that any run left there are sent first. Without
+            a folder, a message that can't be sent raises UserError.
         max_wait_seconds: Seconds to wait for MLflow to answer at the beginning.
         log_system_metrics: Whether MLflow logs the use of processors, memory, disk, network and GPUs.
 
@@ -343,24 +335,20 @@ def open_run(
                 runs = mlflow.search_runs([experiment_id], where, max_results=1, output_format="list")
                 run_id = runs[0].info.run_id if runs else None
             previous = () if run_id is None else _read_run(mlflow, run_id)
-            fields: dict[str, Any] = {
-                "experiment_id": experiment_id,
-                "run_name": run_name,
-                "parent_run_id": parent_run_id,
-            }
-            fields["tags"] = None if resume_key is None else {_RESUME_KEY_TAG: resume_key}
-            arguments = fields if run_id is None else {"run_id": run_id}
-            info = mlflow.start_run(
-                **arguments, nested=parent_run_id is not None, log_system_metrics=log_system_metrics
-            ).info
+            arguments: dict[str, Any] = {"run_id": run_id}
+            if run_id is None:
+                tags = None if resume_key is None else {_RESUME_KEY_TAG: resume_key}
+                arguments = {"experiment_id": experiment_id, "run_name": run_name, "tags": tags}
+                arguments["parent_run_id"] = parent_run_id
+            nested = parent_run_id is not None
+            info = mlflow.start_run(**arguments, nested=nested, log_system_metrics=log_system_metrics).info
         url = f"{info.run_id} of experiment '{experiment}' in {tracking_uri}"
         if tracking_uri.startswith(("http://", "https://")):
             # Without this query parameter, MLflow shows new users its LLM menu.
             page = f"#/experiments/{info.experiment_id}/runs/{info.run_id}?workflowType=machine_learning"
             url = f"{tracking_uri.rstrip('/')}/{page}"
-        run = Run(
-            info.run_id, _open_outbox(mlflow, tracking_uri, info.run_id, outbox_folder), hide_password(url), *previous
-        )
+        outbox = _open_outbox(mlflow, tracking_uri, info.run_id, outbox_folder)
+        run = Run(info.run_id, outbox, hide_password(url), *previous)
         status = "FAILED"
         try:
             yield run
@@ -369,14 +357,14 @@ def open_run(
             status = "KILLED"
             raise
         finally:
-            with nullcontext() if status == "FINISHED" else suppress(UserError):  # don't hide the original error
+            with nullcontext() if status == "FINISHED" else suppress(UserError):  # Don't hide the original error.
                 run.end(status)
             with suppress(Exception), translate_errors(tracking_uri, catch_all=True):
-                mlflow.end_run(status)  # close the run in this process too
+                mlflow.end_run(status)  # Close the run in this process too.
 
 
 def _wait_for_experiment(mlflow: Any, tracking_uri: str, name: str, max_wait_seconds: float) -> str:
-    """Return an experiment's ID, creating it if necessary. Waits some seconds for MLflow to answer."""
+    """Return an experiment's ID, creating the experiment if necessary. Wait some seconds for MLflow to answer."""
     deadline = time.monotonic() + max_wait_seconds
     while True:
         try:
@@ -397,7 +385,7 @@ def _open_experiment(mlflow: Any, tracking_uri: str, name: str) -> str:
         return mlflow.create_experiment(name, artifact_location=location, tags=dict([_EXPERIMENT_KIND]))
     if experiment.lifecycle_stage != "active":
         raise UserError(f"MLflow experiment '{name}' was deleted. Restore it, or set another tracking.experiment.")
-    if _EXPERIMENT_KIND[0] not in experiment.tags:  # created manually
+    if _EXPERIMENT_KIND[0] not in experiment.tags:  # Someone has created the experiment by hand.
         mlflow.MlflowClient().set_experiment_tag(experiment.experiment_id, *_EXPERIMENT_KIND)
     return experiment.experiment_id
 
@@ -408,13 +396,13 @@ def _read_run(mlflow: Any, run_id: str) -> tuple[dict[str, str], dict[str, int],
     if run.info.lifecycle_stage != "active":
         restore = f"Restore it with `mlflow runs restore --run-id {run_id}`"
         raise UserError(f"MLflow run '{run_id}' was deleted. {restore}, or train from the start without --resume.")
-    # MLflow returns the value of a metric at its last step.
-    last_steps = {m.key: m.step for m in run.data._metric_objs}
+    # MLflow returns only the last step of each metric.
+    last_steps = {metric.key: metric.step for metric in run.data._metric_objs}
     return run.data.params, last_steps, run.data.tags.get(_DESCRIPTION_TAG, "")
 
 
 def check_server(tracking_uri: str, experiment: str, *, outbox_folder: Path) -> None:
-    """Check that MLflow accepts the experiment, and send saved messages. Creates the experiment if necessary.
+    """Check that MLflow accepts the experiment, create it if necessary, and send saved messages.
 
     Args:
         tracking_uri: URI of the MLflow server or store.
@@ -511,22 +499,20 @@ def command_line() -> str:
 
 
 def name_run(settings: Settings, start: str | None = None) -> str:
-    """Return the name of a training run: end of the training rows, warm-start model and seed.
+    """Return the name of a training run, such as "train until 2026-03-01 from models:/clicks/2, seed 0".
 
     Args:
         settings: Settings of the run.
-        start: URI of the model to warm-start from.
+        start: URI of the model to start from.
     """
     end = settings.split.train_end
-    end_text = "" if end is None else f" until {end:%Y-%m-%d}"
-    warm_start = "" if start is None else f" from {start}"
-    return f"train{end_text}{warm_start}, seed {settings.training.seed}"
+    until = "" if end is None else f" until {end:%Y-%m-%d}"
+    start_text = "" if start is None else f" from {start}"
+    return f"train{until}{start_text}, seed {settings.training.seed}"
 
 
 def describe_datasets(settings: Settings, manifest: Mapping[str, Any], *splits: str) -> list[dict[str, Any]]:
-    """Return splits of a log as inputs of a run, for `Run.log_inputs`.
-
-    MLflow identifies data sets by name and digest, so each split has its own digest.
+    """Describe splits of a log as data sets, for `Run.log_inputs`. Each split has its own digest, which MLflow needs.
 
     Args:
         settings: Settings of the run.
@@ -537,13 +523,9 @@ def describe_datasets(settings: Settings, manifest: Mapping[str, Any], *splits: 
     for split in splits:
         identity = f"{manifest['digest']} {split} {windows[split]} {split_column} {settings.columns.weight}"
         digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        description = {
-            "name": settings.name,
-            "digest": digest,
-            "source": str(manifest["log"]),
-            "context": _CONTEXTS[split],
-        }
-        datasets.append(description | {"rows": int(manifest["splits"][split]["rows"]), "split": split})
+        rows = int(manifest["splits"][split]["rows"])
+        description = {"name": settings.name, "digest": digest, "source": str(manifest["log"])}
+        datasets.append(description | {"context": _CONTEXTS[split], "rows": rows, "split": split})
     return datasets
 
 
