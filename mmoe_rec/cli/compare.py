@@ -31,7 +31,7 @@ from mmoe_rec.errors import UserError
 @settings_command(__doc__)
 @click.option("--variant", "variant_words", multiple=True, metavar="NAME KEY=VALUE...", help="name and overrides")
 @click.option("--architectures", is_flag=True, help="whether to compare architectures and subsets of tasks")
-@click.option("--features", is_flag=True, help="whether to compare the settings with and without features")
+@click.option("--features", is_flag=True, help="whether to find out which features are needed")
 @click.option("--only", multiple=True, metavar="F...", help="features to compare with --features (default: all)")
 @click.option("--margin", type=NumberBetween(0, 1), help="negligible loss for --features (default: 0.001)")
 @click.option("--seeds", type=COUNT, default=5, metavar="N", help="number of runs for each variant (default: 5)")

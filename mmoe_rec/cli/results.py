@@ -86,7 +86,7 @@ def promote(configuration: Configuration, challenger: str | None, rollback: bool
 @click.option("--goal", metavar="TASK", help="task whose ranking to improve (default: the first task)")
 @click.option("--max-drop", multiple=True, metavar="TASK=LOSS...", help="largest loss of NDCG@10 for another task")
 @click.option(
-    "--predictions", nargs=2, metavar="V T", help="predictions of validation and test rows (default: in data.work_dir)"
+    "--predictions", nargs=2, metavar="V T", help="files of validation and test predictions (default: in data.work_dir)"
 )
 @out_option("data.work_dir/tradeoffs")
 def tune_weights(

@@ -168,15 +168,15 @@ def find_differences(
     metrics: Collection[str] | None = None,
     name: str = "these settings",
 ) -> Differences:
-    """Compare the mean metrics of several runs with means of other settings, without correcting p-values.
+    """Compare mean metrics over runs of some settings with those of other settings, without correcting p-values.
 
     If one side has a single run, intervals only cover the sample of users. Tasks that only one side measures are left
     out, and so is the score if the two sides weigh tasks differently.
 
     Args:
-        sums: Sums of the runs.
+        sums: Sums for the metrics, one item for each run.
         others: Pairs of the name of other settings and the sums of their runs. Only one pair is in memory at a time.
-        objective: Metric that decides, None for no decision.
+        objective: Metric that decides which settings are better, None without a decision.
         resamples: Number of bootstrap resamples.
         metrics: Metrics to compare in addition to the objective, None for all.
         name: Name of the compared settings in errors.

@@ -109,7 +109,7 @@ class BootstrapMetrics:
 
         Args:
             sums: Sums of the model.
-            objective: Metric that decides, None for no decision.
+            objective: Metric that decides which model is better, None without a decision.
             names: Metrics to compute besides the objective's, without ranking metrics of tasks. None for all.
         """
         self.num_units, self.objective = len(sums.tables["ranking"]), objective

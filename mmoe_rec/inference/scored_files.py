@@ -37,7 +37,7 @@ def check_output(folder: Path, source: str) -> None:
     """
     if source_includes(source, [folder / part_file_name(0)]):
         problem = f"--input '{source}' includes the files of --output '{folder}'"
-        raise UserError(f"{problem}. Give an output folder outside it.")
+        raise UserError(f"{problem}. Give an output folder outside the input.")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output '{folder}' is a file. Give a new or empty folder.")
     expected = set[str]() if (manifest := read_manifest(folder)) is None else {_MANIFEST, *manifest["parts"]}

@@ -133,7 +133,7 @@ def _open_out(folder: str | Path, sources: dict[str, str]) -> Iterator[Path]:
     real_folder = Path(os.path.realpath(folder))
     for setting, source in sources.items():
         if source_includes(source, [real_folder / "run-000001" / "part-00000.parquet"]):
-            raise UserError(f"{setting} '{source}' includes the files of --out '{folder}'; give a folder outside it")
+            raise UserError(f"{setting} '{source}' includes the files of --out '{folder}'; give another --out")
     names = [real_folder.name] if real_folder.exists() else []
     if real_folder.is_dir():
         names = sorted(path.name for path in real_folder.iterdir())

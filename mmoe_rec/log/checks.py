@@ -205,7 +205,7 @@ def _read_footer(
 def _find_wrong_column(
     column: str, use: ColumnUse, names: Sequence[str], paths: Mapping[str, str | None]
 ) -> str | None:
-    """Return the problem of a file with a column, if any. The file has the columns `names`, its path has `paths`."""
+    """Return the problem of a file with a column, if any. `names` are the file's columns, `paths` those of its path."""
     if (times := names.count(column)) > 1:
         return f"has {times} columns called '{column}'. Rename all but one."
     if times or (column in paths and use != "time"):
@@ -226,7 +226,10 @@ def _is_integer(text: str) -> bool:
 def _common_types(
     footers: Sequence[tuple[LogFile, dict[str, pa.DataType]]], uses: dict[str, ColumnUse], fitted: Mapping[str, str]
 ) -> tuple[dict[str, pa.DataType], dict[str, BadFile]]:
-    """Return each column's fitted type, or else its most frequent type, and errors for files with another type."""
+    """Return the type of each column, and an error for each file with another type, by URI.
+
+    The type is the one in `fitted` (see `check_files`), or else the most frequent type.
+    """
     types: dict[str, pa.DataType] = {}
     deviating: dict[str, BadFile] = {}
     for column in uses:

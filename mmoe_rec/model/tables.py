@@ -173,7 +173,8 @@ def pool_histories(
         parts = []
         for name in names:
             embedding = embeddings.get(name)
-            if embedding is None:  # Each position has (B, dim). Select the positions with events.
+            if embedding is None:
+                # Sharded tables give embeddings (B, dim) for each list position. Select the positions with events.
                 by_row = torch.stack([embeddings[position_input(name, index)] for index in range(length)], dim=1)
                 embedding = by_row.flatten(0, 1).index_select(0, row * length + position)
             parts.append(embedding)

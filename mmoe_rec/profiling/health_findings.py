@@ -76,7 +76,7 @@ class Finding:
 
 
 def list_findings(health: Health) -> list[Finding]:
-    """Return all findings of a health report: problems first. Findings that harm more predictions come first."""
+    """Return all findings of a health report: first problems, then warnings, each by falling `cost`."""
     overview, splits = health["overview"], health["overview"]["splits"]
     findings = [*_check_files(overview), *_check_labels(splits), *_check_users(overview), *_check_rare_labels(splits)]
     for feature in health["features"]:

@@ -36,7 +36,11 @@ from mmoe_rec.settings.training import Training
 
 
 def _as_time(value: Any) -> datetime | None:
-    """Convert a date or time of YAML, or ISO 8601 text. Without an offset, it is UTC."""
+    """Convert a date or time of YAML, or ISO 8601 text. A time without an offset is UTC. None stays None.
+
+    Raises:
+        ValueError: The value is not a time.
+    """
     if isinstance(value, str) and not value.isdigit():
         with suppress(ValueError):
             value = datetime.fromisoformat(value)
@@ -202,7 +206,7 @@ class Data(Section):
     work_dir: str = Field(description="folder for encoded features, checkpoints and models")
     engine: EngineName = Field("local", description="backend that builds features: this machine or a Ray cluster")
     workers: int | None = Field(
-        None, ge=1, description="threads that build features (processes above 4); null: one per core"
+        None, ge=1, description="workers that build features: threads if at most 4, else processes; null: one per core"
     )
     rows_in_memory: int = Field(
         1_048_576, ge=1024, description="rows per chunk of counters and histories; less saves memory"

@@ -58,7 +58,7 @@ class Provenance:
         Args:
             settings: Settings of the other run, from `fixed_settings`.
             features: Fingerprint of the other run's features.
-            uri: URI of the model to start from. None for random weights.
+            uri: URI of the model that the other run starts from, None for random weights.
 
         Returns:
             The first difference, as the end of an error message without a period. None if nothing differs.

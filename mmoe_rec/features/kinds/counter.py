@@ -229,7 +229,7 @@ class CounterStore(EventStore):
             labels = _map(since_window, self.label_sum)
             events, rows = self.events.take(later), since_window(self.rows)
             return replace(self, events=events, rows=rows, label_sum=labels, compacted_at=compacted_at)
-        # Also keep the last earlier event of each key, which has the totals up to that time.
+        # Also keep the last event of each key before the window. Its totals include the dropped events.
         needed = later | np.append(later[1:], False)
         needed[self.events.starts[1:] - 1] = True
         columns = {name: column[needed] for name, column in self.to_columns().items()}
