@@ -314,9 +314,11 @@ def seeded_draws(batch: Batch) -> Iterator[None]:
 
 
 def draw_uniform(shape: Sequence[int], device: torch.device) -> Tensor:
-    """Draw uniform float32 numbers in (0, 1) with a counter-based generator (Salmon et al., SC 2011).
+    """Draw uniform float32 numbers, reproducibly within `seeded_draws` and otherwise with torch's own generator.
 
-    The generator uses the mixing function of SplitMix64 (Steele et al., OOPSLA 2014).
+    Within `seeded_draws`, numbers are in (0, 1) and each row's numbers depend on its row number and not on the other
+    rows of the batch. They come from a counter-based generator (Salmon et al., SC 2011) with the mixing function of
+    SplitMix64 (Steele et al., OOPSLA 2014).
 
     Args:
         shape: Shape (B, ...) of the result.

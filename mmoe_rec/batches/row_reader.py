@@ -153,9 +153,11 @@ class _RankSlice:
     """The n rows of one rank in a global batch.
 
     Attributes:
-        ranges: Row group, first row and end (exclusive) of each range of rows, in the permuted order of the group.
+        ranges: Row group, first row and end (exclusive) of each range of rows. First row and end are positions in the
+            permuted row group (see `EpochOrder.permutation`).
         index: (n,) int64 index of each row in the concatenated ranges, None if the ranges are in order.
-        is_copy: (n,) bool, whether a row is a copy of the row before it, which can belong to another rank.
+        is_copy: (n,) bool, whether a row only fills up a batch with too few rows. It is a copy of the batch's row
+            before it, which may be the last row of the previous rank.
     """
 
     ranges: list[tuple[int, int, int]]

@@ -66,7 +66,9 @@ _ARTIFACT_SUFFIXES = (".json", ".parquet", ".safetensors", ".yaml")  # Files tha
 @click.option("--token-file", metavar="F", help="file with the callers' token (default: MMOE_REC_TOKEN)")
 @click.option("--allow-host", multiple=True, metavar="NAME", help="accepted name in header Host, such as a proxy's")
 @click.option("--log-requests", type=FOLDER, metavar="DIR", help="folder for logged requests and replies")
-@click.option("--log-fraction", type=NumberBetween(0, 1), metavar="S", help="fraction to log (default: 0.1)")
+@click.option(
+    "--log-fraction", type=NumberBetween(0, 1), metavar="S", help="fraction of requests to log (default: 0.1)"
+)
 @click.option("--log-seconds", type=NumberBetween(1, 86_400), metavar="S", help="seconds between files (default: 300)")
 @overrides_argument
 def serve(

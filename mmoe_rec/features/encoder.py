@@ -258,7 +258,12 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
 
     @abstractmethod
     def result_columns(self) -> Mapping[str, tuple[ColumnUse, pa.DataType | None]]:
-        """Return the use and the type (None if unknown) of each result, which a request may send as a column."""
+        """Return the columns by which a request may send values of this feature, instead of a lookup in `store`.
+
+        Returns:
+            Name of each value that the feature computes -> how its column is read, and the column's Arrow type (None
+            if unknown).
+        """
 
     @abstractmethod
     def distinct_results(self, store: StoreType, lookups: Lookups) -> Mapping[str, np.ndarray | Ragged]:

@@ -269,7 +269,10 @@ class FeaturePipeline:
         return pipeline
 
     def encode(self, rows: LogRows) -> EncodedInputs:
-        """Encode N rows in the order of `layout`. Placement columns may be absent, as in serving."""
+        """Encode N rows, with the inputs of each row in the order of `layout`.
+
+        Columns of `roles.placement` (where a candidate was shown) may be absent, as in serving.
+        """
         inputs, layout = self.inputs(rows), self.layout
         matrix = np.empty((len(rows), len(layout.dense)), np.float32, order="F")
         for index, number in enumerate(layout.dense):

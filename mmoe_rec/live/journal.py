@@ -234,7 +234,10 @@ class Journal:
             connection.execute(sql.update(_ABOUT).where(_ABOUT.c.removed < position).values(removed=position))
 
     def forget_old_keys(self) -> None:
-        """Delete the keys of rows that were accepted more than `KEY_RETENTION_DAYS` ago."""
+        """Delete records of rows that were accepted more than `KEY_RETENTION_DAYS` ago, which find duplicates.
+
+        The records are the keys of rows, and the users and times of requests. A later duplicate counts as a new row.
+        """
         first_day = time.time_ns() // 1_000 // MICROSECONDS_PER_DAY - KEY_RETENTION_DAYS
         with self.write_transaction() as connection:
             for table in (_KEYS, _REQUESTS):

@@ -202,7 +202,8 @@ def event_rows(table: pa.Table, schema: Schema, name: str) -> LogRows:
     The request time of a row is the time of the event. Its label of the task `EVENT_TASK` is 1.
 
     Args:
-        table: Canonical columns of the events. Key columns may be missing.
+        table: Columns of the events, with the Arrow types of `mmoe_rec.log.columns`. Only the time is required. Of the
+            other columns, those that features read are kept.
         schema: Schema of the log.
         name: Name of the event log.
     """

@@ -56,8 +56,10 @@ class LabelRules(Section):
         description="events that say which candidates were shown, with the columns of roles.placement. Other "
         "candidates are dropped. If null, all candidates of a reply count as shown.",
     )
-    top: int | None = Field(None, ge=1, description="number of shown candidates per request; null with `shown`")
-    rank: str | None = Field(None, description="placement column with the rank in the reply, from 1; null with `shown`")
+    top: int | None = Field(None, ge=1, description="number of best candidates that count as shown; null: all")
+    rank: str | None = Field(
+        None, description="placement column with the rank in the reply, from 1; it must be null if `shown` is set"
+    )
     sources: dict[str, LabelSource] = Field({}, description="column of a label or observed_when -> its events")
     wait_days: float = Field(
         0.05, ge=0, le=365, description="days to wait for late events after a request's last window"

@@ -77,7 +77,7 @@ class Gates(Section):
         if self.rule.depends_on_batch and self.serving_top_k is None:
             raise ValueError(
                 f"routing {self.routing} depends on the other rows of a batch, so a server can't use it. Set "
-                "serving_top_k to the number of experts per row after training."
+                "serving_top_k. Outside training, each gate then uses this number of experts for a row."
             )
         for is_set, name, allowed in (
             (self.random_top_k, "random_top_k", [rule for rule in RULES if rule.takes_k and not rule.depends_on_batch]),

@@ -409,12 +409,18 @@ class Optimizers:
         return [*self._tables.param_groups, *self.dense.param_groups]
 
     def zero_grad(self) -> None:
-        """Reset the gradients of dense parameters, and apply the tables' learning rate."""
+        """Reset the gradients of dense parameters, and pass a changed `lr` of `param_groups` on to the tables.
+
+        The backward pass updates the tables with this rate, so tables have no gradients to reset.
+        """
         self._tables.zero_grad()
         self.dense.zero_grad(set_to_none=True)
 
     def step(self) -> None:
-        """Update the dense parameters, and apply the tables' learning rate."""
+        """Update the dense parameters, and pass a changed `lr` of `param_groups` on to the tables.
+
+        The backward pass has already updated the tables.
+        """
         self._tables.step()
         self.dense.step()
 

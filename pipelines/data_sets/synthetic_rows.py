@@ -152,7 +152,8 @@ class Catalog:
         price = np.round(20 * np.exp(0.8 * plan.normal("price", index)), 2).astype(np.float32)
         quality = 0.3 * plan.normal("brand quality", brand) + 0.5 * plan.normal("quality", index)
         craft = 0.5 * plan.normal("brand craft", brand) + 0.6 * plan.normal("craft", index) + 0.4 * quality
-        # In each slot, candidates have ranks by popularity. Of five consecutive ranks, the last candidate arrives late.
+        # Candidates form `SLOTS` groups, and a request draws one candidate from each group (see `_draw_candidates`).
+        # `index // SLOTS` is the popularity rank in the group. Every fifth one can be shown only from a later time on.
         late = index // SLOTS % 5 == 4
         arrival = np.where(late, plan.uniform("candidate arrives", index), 0).astype(np.float32)
         return Catalog(category, brand, price, quality, craft.astype(np.float32), arrival)

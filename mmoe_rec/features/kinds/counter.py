@@ -94,7 +94,8 @@ class CounterStore(EventStore):
     Attributes:
         rows: (E,) int32 number of rows of the key so far.
         label_sum: (E,) int64 sum of the key's labels so far, times `LABEL_SCALE`. None if each event counts 1.
-        last_positive: (E,) int64 time of the key's last positive row, or `NEVER`. None if not needed.
+        last_positive: (E,) int64 time at which the key's last positive label became available, or `NEVER`. None if not
+            needed.
     """
 
     rows: np.ndarray
@@ -278,7 +279,10 @@ class LookupTotals:
         return sum(rows), sum(labels)
 
     def last_positive(self) -> np.ndarray:
-        """Return (N,) int64 times of the last positive event in microseconds, `NEVER` without a positive event."""
+        """Return when the last positive label of each lookup's key became available, (N,) int64 microseconds.
+
+        Labels that become available after the lookup don't count. `NEVER` stands for no positive label.
+        """
         return np.max([store.last_positive_at(join.last()) for store, join in self._joins], axis=0)
 
 
