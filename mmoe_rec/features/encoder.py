@@ -18,7 +18,7 @@ from mmoe_rec.settings.log_columns import EVENT_TASK, ColumnUse
 from mmoe_rec.settings.schema import Feature, Schema
 
 StoreType = TypeVar("StoreType", bound=EventStore)
-# Results of N rows by name, either (N,) float32 numbers or lists of ids.
+# Results of N rows by name, either (N,) float32 statistics or lists of table rows.
 LookupResults = Mapping[str, np.ndarray | DedupedRagged]
 
 
@@ -27,9 +27,9 @@ class Inputs:
     """Model inputs of N rows.
 
     Attributes:
-        ids: (N,) int64 ids or `Ragged` lists of ids by input name.
+        ids: (N,) int64 rows of an embedding table, or `Ragged` lists of such rows, by input name.
         dense: (N,) float32 values by input name.
-        numbers: Pairs of (N,) float32 or float64 values that are not standardized yet, and their statistics.
+        numbers: Pairs of (N,) float32 or float64 values to standardize, and the fitted mean and standard deviation.
     """
 
     ids: dict[str, np.ndarray | Ragged] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Inputs:
         self.numbers.extend(inputs.numbers)
 
     def standardized(self) -> "Inputs":
-        """Return the same inputs with `numbers` standardized and moved to `dense`."""
+        """Return the inputs with `numbers` standardized and moved to `dense`."""
         if not self.numbers:
             return self
         return Inputs(self.ids, self.dense | standardize(self.numbers))
@@ -90,7 +90,8 @@ class Encoder(ABC):
 
     Attributes:
         counts: Statistics that `partial_fit` collects, such as `IdCounts`. Workers collect them from parts of a log
-            and merge them in any order. None if the encoder needs none or uses another feature's vocabulary.
+            and merge them in any order. None if the encoder needs no statistics or uses another feature's
+            vocabulary.
     """
 
     counts: Any = None
@@ -132,20 +133,24 @@ class Encoder(ABC):
         """Load the fitted `state` of an encoder with the same settings."""
 
     def max_tables(self) -> tuple[TableSpec, ...] | None:
-        """Return the tables of `input_spec` at the largest size that a log can cause, None without a limit."""
+        """Return the tables of `input_spec` with the most rows that any log can give them, None without a limit."""
         return self.input_spec().tables
 
     def column_types(self) -> Mapping[str, pa.DataType]:
-        """Return the types that columns of a request must have, where fitting decides on one type (such as int64)."""
+        """Return column -> Arrow type in a request, for columns whose type the fitted log decides (int64 or string)."""
         return {}
 
     def example_value(self, use: ColumnUse) -> Any:
-        """Return a typical value for an example request of the column that the feature reads as `use`, or None."""
+        """Return a typical value of the feature's only column for an example request, None if unknown.
+
+        Args:
+            use: Type that the column is read as, which another feature may decide.
+        """
         return None
 
 
 class NumberEncoder(Encoder):
-    """A number that is standardized. The mean and the standard deviation are the fitted state."""
+    """A feature of one or more numbers that are standardized with the same fitted mean and standard deviation."""
 
     suffix = ""
     """Text after the feature's name in the name of the input."""
@@ -160,7 +165,7 @@ class NumberEncoder(Encoder):
         """Return the numbers in N rows, shape (N,) or (N, numbers per row), NaN if missing."""
 
     def numbers_to_fit(self, rows: LogRows) -> np.ndarray:
-        """Return the numbers in training rows from which the mean and standard deviation are computed."""
+        """Return the numbers of training rows that `partial_fit` counts, by default `values`."""
         return self.values(rows)
 
     def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
@@ -183,17 +188,19 @@ class NumberEncoder(Encoder):
 
 
 class PointInTimeEncoder(Encoder, Generic[StoreType]):
-    """A feature of earlier events. A row sees only the events that were available before its request.
+    """A counter or history of earlier events. A row sees only the events that were available at its request.
+
+    The values that the feature computes for a row are its results: statistics of a counter, or lists of a history.
 
     Attributes:
         source: Name of the event log that the feature reads, None for the interaction log.
-        task: Task that provides the labels.
-        label_delay_us: Microseconds until a label is available.
+        task: Task that provides the labels, `EVENT_TASK` for an event log.
+        label_delay_us: Microseconds from a request until its label is final.
         key_columns: Columns whose values form the key. A row sees the events with the same key.
-        label: Name of the task whose labels turn rows of the interaction log into events, None without labels. Such a
-            row is both a lookup and an event, so workers send it once, as a lookup with a label.
-        numbers: Means and standard deviations of the results, by result name.
-        store: Events that this process can look up.
+        label: Name of the task if a lookup and its label are enough to build the event. Workers then send a row once,
+            as a lookup with a label. None if workers send lookups and events separately.
+        numbers: Mean and standard deviation of each statistic, by result name.
+        store: Event store in which `look_up` searches.
     """
 
     label: str | None = None
@@ -221,14 +228,14 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
 
     @abstractmethod
     def events(self, rows: LogRows) -> pa.Table:
-        """Return a table of events with key (uint64), available_at (int64 microseconds) and the kind's own columns."""
+        """Return the events in `rows`: key (uint64), available_at (int64 microseconds) and columns of the kind."""
 
     def labels(self, rows: LogRows) -> np.ndarray:
         """Return the labels of the task `label`, shape (N,)."""
         raise AssertionError(f"'{self.name}' has no labels")
 
     def events_from_labels(self, key: np.ndarray, times: np.ndarray, labels: np.ndarray) -> pa.Table:
-        """Return the events of N rows in the order of the rows, without rows that are no events.
+        """Return the events of N rows in the order of the rows. Rows with an unobserved label are no events.
 
         Args:
             key: (N,) uint64 keys.
@@ -261,38 +268,38 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
         """Return the columns by which a request may send values of this feature, instead of a lookup in `store`.
 
         Returns:
-            Name of each value that the feature computes -> how its column is read, and the column's Arrow type (None
-            if unknown).
+            Name of each result, such as `user_brand_rate`, which is also the name of the column -> how the column is
+            read, and its Arrow type (None if unknown).
         """
 
     @abstractmethod
     def distinct_results(self, store: StoreType, lookups: Lookups) -> Mapping[str, np.ndarray | Ragged]:
-        """Return (D,) float64 values or `Ragged` lists by result name for D distinct lookups.
+        """Return the results of D lookups by name: (D,) float64 statistics, or `Ragged` lists of table rows.
 
         Args:
-            store: Store of this kind of feature.
-            lookups: Distinct lookups.
+            store: Event store to search.
+            lookups: Lookups, with equal lookups of several rows stored once.
         """
 
     @abstractmethod
     def explain(self, rows: LogRows) -> Mapping[str, np.ndarray]:
-        """Return the results of N rows by name for people to read, from columns of the request or from the store.
+        """Return readable results of N rows by name, from columns of the request, or else from `store`.
 
-        Results are (N,) float64 before standardization (NaN if missing), or (N,) objects: lists of the log's ids or
-        None.
+        Statistics are (N,) float64 and not standardized, with NaN if missing. Lists are (N,) objects, each a list of
+        ids as in the log, or None if it is empty.
         """
 
     def to_exchange_dtype(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Return results as float32, the type that workers exchange and that encoded rows have.
+        """Return a statistic as float32, the type in which workers exchange it.
 
         Args:
             name: Name of the result.
-            values: (N,) values.
+            values: (N,) values of the statistic.
         """
         return values.astype(np.float32)
 
     def partial_fit_results(self, results: LookupResults) -> None:
-        """Add the `results` of training rows to the histograms of `numbers`."""
+        """Count the statistics in the `results` of training rows for `numbers`."""
         for name, number in self.numbers.items():
             values = results[name]
             assert isinstance(values, np.ndarray)
@@ -306,10 +313,10 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
         return self.results(self.store, rows.lookups(self.key_columns))
 
     def results(self, store: StoreType, lookups: Lookups) -> LookupResults:
-        """Return the results of N rows by name.
+        """Return the results of N rows by name, with statistics in the type of `to_exchange_dtype`.
 
         Args:
-            store: Store of this kind of feature.
+            store: Event store to search.
             lookups: Lookups of the rows.
         """
         return {

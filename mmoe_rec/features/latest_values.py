@@ -1,7 +1,7 @@
 """The latest attributes of users and candidates, so that a request can contain ids only.
 
-If rows of a key have equal times, the row with the largest hash counts as the latest. So the parts of a log can be
-merged in any order.
+If the last rows of a user or candidate have equal times, the row with the largest hash counts as the latest. So the
+parts of a log can be merged in any order.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,8 +33,8 @@ class LatestValues:
     Attributes:
         key: Name of the column with the IDs of users or candidates.
         table: Key and attributes, one row per key.
-        times: (rows,) int64 request times in microseconds.
-        levels: Values that arrived later, largest first. They replace all attributes of their keys.
+        times: Request time of each row of `table`, (rows,) int64 microseconds.
+        levels: Rows that `extended` added, largest level first. For their keys, they replace all values in `table`.
     """
 
     key: str
@@ -50,7 +50,7 @@ class LatestValues:
         """Return the latest attributes in rows of a log.
 
         Args:
-            rows: Rows of the log. Rows without a key column (a plain table) only give the types of the attributes.
+            rows: Rows of the log. If the log has no users or candidates (a plain table), the result has no rows.
             role: Whether to read the attributes of users or of candidates.
         """
         schema = rows.schema
@@ -62,7 +62,7 @@ class LatestValues:
         return LatestValues(key, table, times)._latest()
 
     def merged(self, values: "LatestValues") -> "LatestValues":
-        """Return the latest attributes from these and other `values`."""
+        """Return the latest attributes in the tables of both objects, without levels."""
         table = pa.concat_tables([self.table, values.table], promote_options="permissive").combine_chunks()
         return LatestValues(self.key, table, np.append(self.times, values.times))._latest()
 
@@ -77,7 +77,7 @@ class LatestValues:
         return LatestValues(self.key, self.table.take(pa.array(rows)), self.times[rows])
 
     def _latest(self) -> "LatestValues":
-        """Keep the last row of each key and decode dictionary-encoded columns."""
+        """Return the last row of each key, with decoded columns instead of dictionary-encoded columns."""
         last = pd.Series(self.times).groupby(self.hashes).transform("max").to_numpy()
         values = self.take(np.flatnonzero(self.times == last))
         tied = pd.Series(values.hashes).duplicated(keep=False).to_numpy()
@@ -93,7 +93,7 @@ class LatestValues:
         """Return a copy with additional rows in `levels`. The copy shares most data with the original.
 
         Args:
-            rows: Rows of a log, which may be older than the current values.
+            rows: Rows of a log. Rows that are older than the current values of their key don't replace them.
             role: Whether to read the attributes of users or of candidates.
         """
         new = LatestValues.from_rows(rows, role)
@@ -129,7 +129,7 @@ class LatestValues:
     def find(self, hashes: np.ndarray) -> np.ndarray:
         """Return the (N,) int64 row numbers in `table` of N hashed keys, -1 for keys that `table` lacks.
 
-        Values that arrived later, in `levels`, are not searched.
+        `levels` are not searched.
         """
         keys, order = self._index
         queries, positions = find_keys(keys, hashes)
@@ -138,9 +138,9 @@ class LatestValues:
         return rows
 
     def fill_missing_columns(self, given: Mapping[str, pa.Array]) -> dict[str, pa.Array | CachedValues]:
-        """Return the columns `given` in a request, which include the key, and add the missing attributes of each key.
+        """Return the columns `given` in a request, which include the key, and add the attributes that `given` lacks.
 
-        An attribute of a key without values is null.
+        Added attributes have the latest values of each key, null for an unseen key.
         """
         keys = given[self.key]
         hashes = hash_column(keys)
@@ -153,7 +153,7 @@ class LatestValues:
             if len(hits):
                 new = level.table.take(pa.array(index[hits]))
                 missing = {name: _with_values(column, hits, one_array(new[name])) for name, column in missing.items()}
-        # A stored key equals the key of the request, so functions of stored keys can be reused.
+        # A stored key equals the key of the request, so cached results for stored keys, such as hashes, can be reused.
         return {**given, **missing, self.key: CachedValues(self.columns[self.key], rows, keys, in_level)}
 
     def save(self, folder: Path, role: LatestRole) -> None:
@@ -177,7 +177,7 @@ class LatestValues:
             key: Name of the key column.
         """
         table, times = pq.read_table(folder / f"latest.{role}.parquet"), pq.read_table(_times_file(folder, role))
-        # Parquet names the values of lists `element`. Canonical columns name them `item`.
+        # Parquet files name the values of lists `element`. The Arrow types of log columns name them `item`.
         types = [pa.list_(dtype.value_type) if pt.is_list(dtype) else dtype for dtype in table.schema.types]
         table = table.cast(pa.schema(zip(table.column_names, types, strict=True)))
         return LatestValues(key, table, times["time"].to_numpy())
@@ -188,7 +188,7 @@ def _times_file(folder: Path, role: LatestRole) -> Path:
 
 
 def _with_values(column: CachedValues, rows: np.ndarray, values: pa.Array) -> CachedValues:
-    """Return a column of N values with new `values` at `rows`."""
+    """Return a copy of a column of N values with new `values` at the indices `rows`."""
     indices, before = column.indices.copy(), column.array()
     indices[rows] = -1
     index = np.arange(len(indices))

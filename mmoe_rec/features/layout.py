@@ -1,7 +1,7 @@
 """The layout of encoded rows, which lists id inputs, dense inputs, tables and tasks in one fixed order.
 
-Features write rows in this layout and batches carry them. The layout is saved as JSON next to encoded rows. Widths and
-weights belong to a model (see `mmoe_rec.model.model_layout`).
+The layout is saved as JSON next to encoded rows. Widths of embeddings and weights of tasks belong to a model instead
+(see `mmoe_rec.model.model_layout`). The ids in encoded rows are row numbers of embedding tables.
 """
 
 import json
@@ -26,12 +26,12 @@ class _AsJson:
 
 @dataclass(frozen=True)
 class TableSpec(_AsJson):
-    """An embedding table for the ids 0 to rows - 1.
+    """An embedding table, for the ids 0 to `rows` - 1.
 
     Attributes:
         name: Name of the table.
         rows: Number of rows.
-        feature: Name of the feature that owns the table, if it differs from the table's name.
+        feature: Name of the feature that owns the table, None if it is the name of the table.
     """
 
     name: str
@@ -40,7 +40,7 @@ class TableSpec(_AsJson):
 
 
 class _FeatureInput(_AsJson):
-    """An input of a feature. The name of the feature defaults to the name of the input."""
+    """An input that a feature computes. The name of the feature defaults to the name of the input."""
 
     name: str
     feature: str
@@ -69,9 +69,9 @@ class DenseInput(_FeatureInput):
 
     Attributes:
         name: Name of the input.
-        placement: Whether the input describes the placement.
-        edges: Ascending quantiles of the training values, for piecewise-linear encoding.
-        feature: Name of the feature.
+        placement: Whether the input describes where a candidate was shown, which is unavailable in serving.
+        edges: Ascending quantiles of the input in training rows, for piecewise-linear encoding.
+        feature: Name of the feature that computes the input.
     """
 
     name: str
@@ -90,7 +90,7 @@ class TaskOutput(_AsJson):
         mean: Mean of a regression's training labels. Training standardizes labels, so that the unit of the label
             doesn't affect the weight of the task.
         std: Standard deviation of a regression's training labels.
-        conditional_on: Name of the task that must be positive before this task can happen.
+        conditional_on: Name of the binary task whose label must be 1 for this task's label to be observed.
     """
 
     name: str
@@ -104,7 +104,7 @@ class TaskOutput(_AsJson):
 
     @property
     def loss_label(self) -> str:
-        """Name of the label in the loss. With `conditional_on`, the label is the joint outcome of both tasks."""
+        """Name of the label that the loss compares with, the joint outcome of both tasks with `conditional_on`."""
         return self.name if self.conditional_on is None else joint_task_name(self.conditional_on, self.name)
 
 
@@ -133,7 +133,7 @@ def position_input(name: str, position: int) -> str:
 
 @dataclass(frozen=True)
 class Layout(_AsJson):
-    """Inputs and labels of rows. Tensors have the same order as the tuples."""
+    """Inputs and tasks of encoded rows. Columns of tensors are in the order of the tuples."""
 
     tables: tuple[TableSpec, ...]
     ids: tuple[IdInput, ...]
@@ -156,7 +156,7 @@ class Layout(_AsJson):
         return [key.name for key in self.ids if key.placement == placement]
 
     def single_ids(self) -> list[str]:
-        """Return the inputs with one id per row, except placement and frequent values of numbers."""
+        """Return the names of the inputs with one id per row, except inputs of placement and of frequent values."""
         single = (key for key in self.ids if not key.is_list and not key.placement)
         return [key.name for key in single if key.name != f"{key.feature}_value"]
 
@@ -170,9 +170,9 @@ class Layout(_AsJson):
         return ()
 
     def history_inputs(self, attention: AttentionHistory) -> list[tuple[str, str | None]]:
-        """Return pairs of an input of the history and the candidate's input with the same table, or None.
+        """Return pairs of names: an input of the history, and the candidate's input with the same table, or None.
 
-        The first pair has the items of the history. The next pairs have their attributes.
+        The first pair has the input with the history's items. The next pairs have inputs with attributes of the items.
         """
         single = self.single_ids()
         event_inputs = [key for key in self.ids if key.feature == attention.history]
@@ -232,7 +232,7 @@ class Layout(_AsJson):
 
 
 def label_types(layout: Layout) -> dict[str, pa.DataType]:
-    """Return the types of encoded labels by the names of tasks and joint outcomes of `layout`."""
+    """Return the types of encoded labels, by the name of the task or of the joint outcome."""
     # Labels of regressions are float64, because float32 rounds times in seconds (near 1.7e9) to multiples of 128.
     types = {task.name: pa.float64() if task.kind.is_linear else pa.float32() for task in layout.tasks}
     return types | dict.fromkeys(layout.joint_outcomes, pa.float32())
@@ -248,7 +248,7 @@ def arrow_columns(
     """Return N encoded rows as columns `id.NAME` (int32 or list of int32) and `dense.NAME` (float32) without nulls.
 
     Args:
-        ids: (N,) int64 ids or `Ragged` lists of ids by input name.
+        ids: (N,) int64 ids, or `Ragged` lists of ids, by input name.
         dense: (N,) float32 values by input name.
         layout: Layout of the rows.
     """
@@ -271,8 +271,8 @@ class EncodedInputs:
     """N rows that a fitted pipeline encoded.
 
     Attributes:
-        ids: (N,) int64 ids (int32 if read from files) or `Ragged` lists of ids by input name.
-        dense: (N, D) float32 values in the order of `layout.dense`.
+        ids: (N,) int64 ids (int32 if read from files), or `Ragged` lists of ids, by input name.
+        dense: (N, D) float32 values of D dense inputs, in the order of `layout.dense`.
     """
 
     ids: dict[str, np.ndarray | Ragged]

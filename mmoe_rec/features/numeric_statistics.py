@@ -15,24 +15,24 @@ CLIP = 10.0
 EDGE_COUNT = 17
 # The square of this number is still finite.
 _MAX_MAGNITUDE = 1e150
-# Values are equal if their range is at most this fraction of the largest magnitude.
+# Values count as equal if no value is farther from the mean than this fraction of the largest magnitude.
 _ROUNDING = 8 * np.finfo(np.float64).eps
 _DROPPED_BITS_KEY = b"dropped_bits"
 # Number of trailing bits of a float64 that a float32 lacks.
 _FLOAT32_DROPPED_BITS = 29
-# A frequent value has at least 8 rows, and 1 row in 1000 if the number has too many values to count exactly.
+# A frequent value has at least 8 rows. If there are too many values to count exactly, it also has 1 row in 1000.
 _MIN_FREQUENT_ROWS, _MAX_ROWS_PER_FREQUENT = 8, 1000
 
 
 def _float_keys(values: np.ndarray, dropped_bits: int) -> np.ndarray:
-    """Return (N,) int32 keys, equal for float64 numbers whose float32 bits are equal without the last bits."""
+    """Return the bits of float64 numbers as float32, without the last `dropped_bits` bits, as (N,) int32 keys."""
     with np.errstate(over="ignore"):
         return (values.astype(np.float32) + np.float32(0)).view(np.int32) >> dropped_bits
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """Counts of values by ascending keys. A key is the bits of a float64 without the last `dropped_bits` bits."""
+    """Counts of values by ascending keys. A key has the bits of a float64 without the last `dropped_bits` bits."""
 
     keys: np.ndarray
     counts: np.ndarray
@@ -45,7 +45,7 @@ class _Counts:
         return _sum_counts(self.keys >> (dropped_bits - self.dropped_bits), self.counts, dropped_bits)
 
     def bounded(self) -> "_Counts":
-        """Return counts with at most `MAX_DISTINCT_VALUES` keys. Drop as few of the last bits of keys as needed."""
+        """Return counts with at most `MAX_DISTINCT_VALUES` keys. Drop no more of the last bits of keys than needed."""
         too_few, enough = self.dropped_bits, _MAX_DROPPED_BITS
         if len(self.keys) <= MAX_DISTINCT_VALUES:
             return self
@@ -62,8 +62,8 @@ class _Counts:
 class NumberHistogram:
     """Counts of numbers, exact for up to 65,536 distinct numbers.
 
-    With more numbers, the histogram ignores as few of their last bits as needed and counts equal numbers together. So
-    any order and partition of rows gives the same mean, standard deviation and quantiles.
+    With more distinct numbers, the histogram drops as few of the last bits of all numbers as needed and counts the
+    shortened numbers. So any order and partition of rows gives the same mean, standard deviation and quantiles.
 
     Attributes:
         missing: Number of missing values.
@@ -127,10 +127,9 @@ class NumberHistogram:
         return histogram
 
     def standardizer(self) -> "Standardizer":
-        """Return the mean and standard deviation of the counted values.
+        """Return the mean and standard deviation of the counted values, clipped to +-1e150.
 
-        The mean is 0 without values, and the standard deviation is 1 if all values are equal. Values are clipped to
-        +-1e150.
+        Without values, the mean is 0. If all values are equal, or there are none, the standard deviation is 1.
         """
         smallest, largest, counts = self.bins
         middles = np.where((smallest == 0) | (largest == 0), 0.0, smallest + (largest - smallest) / 2)
@@ -148,7 +147,7 @@ class NumberHistogram:
         return Standardizer(mean, std, self.missing > 0, tuple(np.unique(scaled.astype(np.float32) + 0).tolist()))
 
     def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "NumberHistogram":
-        """Return the histogram of the results of `function` on the middle of each bin."""
+        """Return the histogram of `function` applied to the numbers. The middle of a bin stands for its numbers."""
         smallest, largest, counts = self.bins
         bits = (function(smallest / 2 + largest / 2) + np.float64(0)).view(np.int64)
         histogram = NumberHistogram()
@@ -157,7 +156,7 @@ class NumberHistogram:
         return histogram
 
     def frequent_values(self) -> "FrequentValues":
-        """Return the values that are frequent enough for an embedding of their own."""
+        """Return the values that are frequent enough to get an embedding of their own."""
         smallest, largest, counts = self.bins
         dropped_bits = max(0, self._counts.dropped_bits - _FLOAT32_DROPPED_BITS)
         keys, inverse = np.unique(
@@ -184,9 +183,9 @@ class NumberHistogram:
 
 
 def _spread_quantiles(values: np.ndarray, counts: np.ndarray, count: int) -> np.ndarray:
-    """Return the smallest value, `count` - 2 quantiles weighted by the square root of counts, and the largest value.
+    """Return `count` quantiles from the smallest to the largest value, weighted by the square root of counts.
 
-    The root leaves quantiles for rare values if most rows have the same value, such as 0 in a counter.
+    Without the root, most quantiles would be equal if most rows have the same value, such as 0 in a counter.
     """
     mass = np.cumsum(np.sqrt(counts))
     positions = np.searchsorted(mass, np.linspace(0.0, 1.0, count) * mass[-1])
@@ -196,7 +195,7 @@ def _spread_quantiles(values: np.ndarray, counts: np.ndarray, count: int) -> np.
 def _equal_parts(counts: np.ndarray, parts: int) -> np.ndarray:
     """Split counts into consecutive parts with about equal sums, and return the end (exclusive) of each part.
 
-    A part aims at an equal fraction of the counts that earlier parts left.
+    The goal of a part is the sum of the remaining counts, divided by the number of remaining parts.
     """
     total = np.append(0, np.cumsum(counts))
     ends = np.zeros(parts + 1, np.int64)
@@ -226,11 +225,11 @@ def _sum_counts(keys: np.ndarray, counts: np.ndarray, dropped_bits: int) -> _Cou
 
 @dataclass(frozen=True)
 class FrequentValues:
-    """Frequent values of a number and their ids.
+    """Frequent values of a number and their rows in an embedding table.
 
     Attributes:
-        keys: (V,) ascending int32 bits of the V values as float32, without the last `dropped_bits` bits.
-        ids: (V,) int64 ids. The most frequent value has id 1.
+        keys: Bits of the V values as float32, without the last `dropped_bits` bits, as (V,) ascending int32.
+        ids: (V,) int64 table rows. The most frequent value has row 1.
         dropped_bits: Number of dropped bits.
     """
 
@@ -239,7 +238,7 @@ class FrequentValues:
     dropped_bits: int
 
     def find(self, values: np.ndarray) -> np.ndarray:
-        """Return (N,) int64 ids of float64 `values`, 0 for values that are not frequent."""
+        """Return (N,) int64 table rows of float64 `values`, 0 for missing values and values that are not frequent."""
         if not len(self.keys):
             return np.zeros(len(values), np.int64)
         keys = _float_keys(values, self.dropped_bits)
@@ -283,7 +282,7 @@ def _standardize(
 
 
 class DenseNumber:
-    """A standardized number of a feature, with an indicator input if training rows had missing values."""
+    """A standardized number of a feature, and an indicator of missing values if training rows had some."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -291,19 +290,19 @@ class DenseNumber:
         self.standardizer = Standardizer(0.0, 1.0, False)
 
     def finish_fit(self) -> None:
-        """Compute the mean and standard deviation from the histogram."""
+        """Compute `standardizer` from the histogram."""
         self.standardizer = self.histogram.standardizer()
 
     def inputs(self) -> tuple[DenseInput, ...]:
-        """Return the dense input and, if needed, its indicator."""
+        """Return the dense input and, if training rows had missing values, its indicator."""
         number = DenseInput(self.name, edges=tuple(self.standardizer.edges))
         return (number, DenseInput(f"{self.name}_missing")) if self.standardizer.has_missing else (number,)
 
 
 def standardize(numbers: Sequence[tuple[np.ndarray, DenseNumber]]) -> dict[str, np.ndarray]:
-    """Standardize pairs of (N,) values and their statistics, and return (N,) float32 dense inputs by name.
+    """Standardize (N,) values of each fitted number. Return (N,) float32 dense inputs by name.
 
-    A number with missing values in training also has the indicator `NAME_missing`.
+    If training rows lacked values of a number, it also has the indicator `NAME_missing` (1 if missing, else 0).
     """
     values = np.array([column for column, _ in numbers], np.float64)
     scales = [number.standardizer for _, number in numbers]

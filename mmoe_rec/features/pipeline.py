@@ -34,11 +34,11 @@ FORMAT = 10
 class LiveUpdates:
     """Events that a server ingested after the event stores of a pipeline were built.
 
-    `extended` builds a new object while the current one answers requests, and `FeaturePipeline.with_live` switches to
-    the new one. Results are bitwise equal to results of event stores that were extended by these events.
+    Objects don't change, so requests can use one object while `extended` builds the next one for
+    `FeaturePipeline.with_live`. Features are bitwise equal to features from event stores that contain these events.
 
     Attributes:
-        encoders: `point_in_time_encoders` of a pipeline.
+        encoders: Counters and histories of the pipeline by name, with the event stores that were built.
         rows: Number of ingested rows of all logs.
         levels: Additional event stores of each counter and history by name, largest first.
     """
@@ -48,7 +48,7 @@ class LiveUpdates:
     levels: Mapping[str, tuple[EventStore, ...]] = field(default_factory=dict)
 
     def extended(self, rows: Mapping[str | None, LogRows]) -> "LiveUpdates":
-        """Return a copy with additional rows by log, where None is the interaction log.
+        """Return a copy with additional rows, by the name of their log. None stands for the interaction log.
 
         Raises:
             UserError: Ids have another type than the vocabulary, or sums of labels are out of range.
@@ -65,7 +65,7 @@ class LiveUpdates:
         return replace(self, rows=self.rows + sum(map(len, rows.values())), levels=levels)
 
     def live_encoder(self, name: str) -> PointInTimeEncoder[Any]:
-        """Return the encoder of the counter or history `name` with these events added to its event store."""
+        """Return a copy of the encoder of the counter or history `name`, with these events added to its event store."""
         encoder = copy(self.encoders[name])
         encoder.store = encoder.store.with_levels(self.levels.get(name, ()))
         return encoder
@@ -74,13 +74,13 @@ class LiveUpdates:
 class FeaturePipeline:
     """Encoders of all features, in the order of the settings.
 
-    `mmoe_rec.preprocessing.prepare` fits a pipeline in four steps. It calls `partial_fit` with training rows and
-    `finish_fit`, builds the event stores of counters and histories, calls their `partial_fit_results` with the results
-    of training rows, and calls `finish_fit_results`.
+    `mmoe_rec.preprocessing.prepare` fits a pipeline in four steps. First, it calls `partial_fit` with training rows and
+    then `finish_fit`. Second, it builds the event stores of counters and histories. Third, it calls the
+    `partial_fit_results` of these encoders with values for training rows. Last, it calls `finish_fit_results`.
 
     Attributes:
         key_types: Type of each key column in the log, "int64" or "string". A request must have the same types.
-        booleans: Columns that contain true and false in the logs.
+        booleans: Columns whose values are true and false in the logs.
         label_scales: Mean and standard deviation of the training labels of each regression task.
         live: Events that were ingested after the event stores were built.
     """
@@ -108,7 +108,10 @@ class FeaturePipeline:
         self._check_names()
 
     def _check_names(self) -> None:
-        """Raise UserError if two features write inputs of the same name, or an input has the name of a column."""
+        """Raise UserError if two features write inputs of the same name.
+
+        An input of a counter or history must also differ from all columns of the log, because a request may send it.
+        """
         owners: dict[str, str] = {}
         uses = column_uses(self.schema)
         for name, encoder in self.encoders.items():
@@ -162,7 +165,7 @@ class FeaturePipeline:
                 self.key_types[name] = str(kind)
 
     def column_types(self) -> dict[str, pa.DataType]:
-        """Return the types that columns had in the log, where the use of a column allows several types."""
+        """Return column -> Arrow type in the log, for columns whose use allows several types, such as ids."""
         types = {name: pa.type_for_alias(kind) for name, kind in self.key_types.items()}
         for encoder in self.encoders.values():
             types |= encoder.column_types()
@@ -188,22 +191,22 @@ class FeaturePipeline:
             encoder.finish_fit()
 
     def grow(self) -> dict[str, int]:
-        """Add ids that have become frequent to the vocabularies and return the number of new ids by feature.
+        """Add ids that have become frequent to the vocabularies. Return feature -> number of new ids.
 
-        Table rows of existing ids, statistics and label scales don't change, because a trained model relies on them.
+        Table rows of existing ids, statistics and label scales stay the same, because a trained model relies on them.
         """
         self.__dict__.pop("layout", None)
         return {name: vocabulary.grow() for name, vocabulary in self.vocabularies.items()}
 
     def finish_fit_results(self) -> None:
-        """Compute the means and standard deviations of the results of counters and histories."""
+        """Compute the mean and standard deviation of each statistic of a counter."""
         for encoder in self.point_in_time_encoders.values():
             for number in encoder.numbers.values():
                 number.finish_fit()
 
     @cached_property
     def layout(self) -> Layout:
-        """Inputs that `encode` writes and tasks that have labels. Read it only after fitting."""
+        """Inputs that `encode` writes, and all tasks. Read the layout only after fitting, because it is cached."""
         tables: list[TableSpec] = []
         ids: list[IdInput] = []
         dense: list[DenseInput] = []
@@ -220,14 +223,14 @@ class FeaturePipeline:
         return Layout(tuple(tables), tuple(ids), tuple(dense), tuple(tasks))
 
     def inputs(self, rows: LogRows) -> Inputs:
-        """Return the inputs of N rows by name. Placement columns may be absent, as in serving."""
+        """Return the inputs of N rows by name. Columns of `roles.placement` may be absent, as in serving."""
         all_inputs = Inputs()
         for encoder in self.encoders.values():
             all_inputs.add(self._encode(encoder, rows))
         return all_inputs.standardized()
 
     def request_inputs(self, rows: RequestRows) -> tuple[Inputs, Inputs]:
-        """Return the inputs of R requests (features of user and context) and of N candidates (all other features)."""
+        """Return the inputs of R requests (features of user and context) and of N candidates (other features)."""
         of_requests, of_candidates = Inputs(), Inputs()
         for name, encoder in self.encoders.items():
             in_request = name in self._request_features
@@ -247,9 +250,9 @@ class FeaturePipeline:
         return Inputs(ids, {number.name: np.zeros(len(rows), np.float32) for number in input_spec.dense})
 
     def explain(self, rows: RequestRows) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Return (N,) float64 results of counters and (N,) lists of histories for N candidates, by result name.
+        """Return (N,) float64 statistics of counters and (N,) lists of histories for N candidates, both by name.
 
-        The results are not standardized, see `PointInTimeEncoder.explain`.
+        Statistics are not standardized, and lists have ids of the log (see `PointInTimeEncoder.explain`).
         """
         numbers: dict[str, np.ndarray] = {}
         lists: dict[str, np.ndarray] = {}
@@ -325,7 +328,7 @@ class FeaturePipeline:
 
 
 def max_layout(schema: Schema) -> Layout:
-    """Return the layout of `schema` with every vocabulary at its `max_size`.
+    """Return the layout of `schema` before fitting, with each embedding table at its largest possible size.
 
     Raises:
         UserError: A vocabulary has no `max_size`.
@@ -341,17 +344,17 @@ def max_layout(schema: Schema) -> Layout:
 
 
 def write_event_store(store: EventStore, folder: Path, feature: str, part: int = 0) -> None:
-    """Write an event store, or a part of its keys, to a folder of feature state.
+    """Write an event store, or a part with some of its keys, to a folder of feature state.
 
     Args:
         store: Store to write.
         folder: Folder of the feature state.
         feature: Name of the feature.
-        part: Index of the part.
+        part: Index of the part, which names the file.
     """
     metadata = None if store.compacted_at is None else {"floor": str(store.compacted_at)}
     columns = {name: pa.array(column) for name, column in store.to_columns().items()}
-    # Columns without nulls are written faster. `read_event_store` uses the statistics to filter by key.
+    # Non-nullable columns are written faster. `read_event_store` uses Parquet's statistics to filter by key.
     schema = pa.schema([pa.field(name, column.type, nullable=False) for name, column in columns.items()], metadata)
     parts = folder / f"{feature}.memory"
     parts.mkdir(exist_ok=True)

@@ -104,13 +104,13 @@ def check_table_owner(
     kind: type[VocabularyFeature] = VocabularyFeature,
     role: Role | None = None,
 ) -> None:
-    """Raise if a key of a feature doesn't name a feature with its own table.
+    """Raise ValueError if a setting of a feature doesn't name a feature with a vocabulary and table of its own.
 
     Args:
         schema: Schema of the settings.
         name: Name of the feature.
-        key: Key in the settings of the feature.
-        target: Value of the key, the name of another feature.
+        key: Name of the setting, such as `of` or `table`.
+        target: Value of the setting, the name of another feature.
         kind: Required kind of the other feature.
         role: Required role of the other feature, None for any role.
 
@@ -131,12 +131,12 @@ def check_table_owner(
 
 
 def meaning_of_ids(schema: Schema, columns: tuple[str, ...], owner: str | VocabularyFeature) -> InputSemantics:
-    """Return the meaning of id inputs, whose values are rows of a vocabulary's table.
+    """Return the meaning of inputs whose ids are rows of a vocabulary's table.
 
     Args:
         schema: Schema of the settings.
         columns: Columns that the inputs are computed from.
-        owner: Feature that owns the table, or its name.
+        owner: Feature that owns the vocabulary, or the name of this feature.
     """
     feature = schema.features[owner] if isinstance(owner, str) else owner
     assert isinstance(feature, VocabularyFeature)
@@ -149,8 +149,8 @@ class Vocabulary:
     Attributes:
         name: Name of the feature that owns the vocabulary.
         feature: Settings of the feature.
-        ids: int64 or string array in the order of table rows.
-        counts: Counts of ids in training rows, from which the vocabulary grows.
+        ids: int64 or string array. The first id has table row 1 + `oov_buckets`, the next ids have the next rows.
+        counts: Counts of ids in training rows. `grow` adds the frequent ids.
     """
 
     def __init__(self, name: str, feature: VocabularyFeature) -> None:
@@ -172,7 +172,7 @@ class Vocabulary:
             )
 
     def grow(self) -> int:
-        """Add ids with at least `min_count` occurrences to the end, most frequent first, and return their number.
+        """Add ids with `min_count` or more occurrences at the end, most frequent first. Return the number of new ids.
 
         Existing ids keep their rows. The result doesn't depend on the order of the log's rows.
 
@@ -190,7 +190,7 @@ class Vocabulary:
 
     @property
     def rows(self) -> int:
-        """Number of rows of the table."""
+        """Number of rows of the embedding table."""
         return 1 + self.feature.oov_buckets + len(self.ids)
 
     @property
@@ -236,7 +236,7 @@ class Vocabulary:
         return rows
 
     def decode(self, rows: np.ndarray) -> list[int | None] | list[str | None]:
-        """Return the ids at (N,) int64 table `rows`, None for the missing id and for buckets of unseen ids."""
+        """Return the ids of (N,) int64 table `rows`, None for the row of missing ids and for buckets of unseen ids."""
         positions = rows - 1 - self.feature.oov_buckets
         return self.ids.take(pa.array(positions, mask=positions < 0)).to_pylist()
 
@@ -271,12 +271,12 @@ def _as_numpy(values: pa.Array) -> np.ndarray:
 
 
 def row_names(semantics: InputSemantics, table: str, rows: list[int | str], fitted: Path) -> list[str]:
-    """Return readable names of table rows.
+    """Return readable names of table rows, such as the ids of a vocabulary.
 
-    Without a readable vocabulary file, the name of a row is its number.
+    If the file of the vocabulary can't be read, names have the form `row NUMBER`.
 
     Args:
-        semantics: Semantics of the input.
+        semantics: Meaning of the inputs that use the table.
         table: Name of the table.
         rows: Numbers of table rows, or names that are returned as they are.
         fitted: Folder of the fitted features.

@@ -29,7 +29,7 @@ MAX_LABEL_SUM = _MAX_UNITS / LABEL_SCALE
 class CounterFeature(EventFeature):
     """Statistics of a task's label, or of events, over earlier rows with the same key.
 
-    Only labels and events that were available before the request count.
+    Only labels and events that were available at the time of the request count.
     """
 
     kind: Literal["counter"]
@@ -49,7 +49,7 @@ class CounterFeature(EventFeature):
     @model_validator(mode="before")
     @classmethod
     def _outputs_of_events(cls, values: Any) -> Any:
-        """Leave the rate out of the default outputs of events, which have no labels."""
+        """Leave `rate` out of the default `outputs` if the counter reads an event log, which has no labels."""
         if isinstance(values, dict) and values.get("events") is not None and "outputs" not in values:
             return {**values, "outputs": ("log_sum", "recency")}
         return values
@@ -89,13 +89,13 @@ def _check_range(units: np.ndarray) -> None:
 
 @dataclass(eq=False)
 class CounterStore(EventStore):
-    """Running totals per key, with one event for each time at which the totals of a key change.
+    """Running totals per key. Each of E events stands for a time at which the totals of a key change.
 
     Attributes:
-        rows: (E,) int32 number of rows of the key so far.
-        label_sum: (E,) int64 sum of the key's labels so far, times `LABEL_SCALE`. None if each event counts 1.
-        last_positive: (E,) int64 time at which the key's last positive label became available, or `NEVER`. None if not
-            needed.
+        rows: (E,) int32 number of the key's rows up to the event.
+        label_sum: (E,) int64 sum of the key's labels up to the event, times `LABEL_SCALE`. None without labels.
+        last_positive: (E,) int64 microseconds at which the key's last positive label up to the event became available,
+            or `NEVER`. None without labels (each event is positive) or without the output `recency`.
     """
 
     rows: np.ndarray
@@ -122,7 +122,7 @@ class CounterStore(EventStore):
         Args:
             key: (E,) uint64 keys.
             available_at: (E,) int64 microseconds at which the events become available.
-            label: (E,) labels, None if each event counts 1.
+            label: (E,) labels, None if the store has no labels.
             is_sorted: Whether the events are sorted by key and `available_at`.
 
         Raises:
@@ -138,7 +138,7 @@ class CounterStore(EventStore):
         return self._with_steps(key, available_at, np.ones(len(key), np.int32), labels, positive, is_sorted)
 
     def merged(self, store: "CounterStore") -> "CounterStore":
-        """Return a store with the events of both stores and the `compacted_at` of the current store.
+        """Return a store with the events of both stores and the `compacted_at` of this store.
 
         Raises:
             OverflowError: A sum of labels is out of range.
@@ -158,7 +158,7 @@ class CounterStore(EventStore):
         positive: np.ndarray | None,
         is_sorted: bool,
     ) -> "CounterStore":
-        """Return a store with additional events, which add `rows` and `labels` to the totals of their keys."""
+        """Return a store with additional events, which add `rows` and fixed-point `labels` to their key's totals."""
         if len(self):
             key, available_at = np.append(self.events.key, key), np.append(self.events.available_at, available_at)
             rows = np.append(self._steps(self.rows), rows)
@@ -184,25 +184,25 @@ class CounterStore(EventStore):
         if positive is not None:
             import pandas as pd
 
-            # A late event can be earlier than the events before it.
+            # Each event keeps the last positive time of its key so far, so take a running maximum.
             positive = pd.Series(positive).groupby(groups.group_ids).cummax().to_numpy()[kept]
         events, totals = SortedEvents(key[kept], available_at[kept]), running(rows, np.int64).astype(np.int32)
         return replace(self, events=events, rows=totals, label_sum=sums, last_positive=positive)
 
     def _steps(self, totals: np.ndarray) -> np.ndarray:
-        """Return the amount that each event added to the running totals of its key."""
+        """Return the amount that each event added to its key's running `totals`."""
         steps = np.append(totals[:1], totals[1:] - totals[:-1])
         first = self.events.starts[:-1]
         steps[first] = totals[first]
         return steps
 
     def sums(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (N,) int64 row counts and label sums times `LABEL_SCALE` at N event indices, 0 for index -1."""
+        """Return row counts and label sums times `LABEL_SCALE`, both (N,) int64, at N event indices, 0 for index -1."""
         rows = take_or_default(self.rows, index, 0).astype(np.int64)
         return rows, rows * int(LABEL_SCALE) if self.label_sum is None else take_or_default(self.label_sum, index, 0)
 
     def last_positive_at(self, index: np.ndarray) -> np.ndarray:
-        """Return (N,) int64 times of the last positive event at N event indices, `NEVER` without a positive event."""
+        """Return `last_positive` at N event indices as (N,) int64 microseconds, `NEVER` for index -1."""
         last_positive = self.events.available_at if self.label_sum is None else self.last_positive
         assert last_positive is not None
         return take_or_default(last_positive, index, NEVER)
@@ -213,12 +213,12 @@ class CounterStore(EventStore):
         Args:
             moment: Earliest time of later requests in microseconds.
             window: Longest window of the counter in microseconds.
-            all_time: Whether the counter also needs totals of all of the past, or the last positive event.
+            all_time: Whether the counter also needs totals over all of the past, or `last_positive`.
         """
         later, compacted_at = self.events.available_at > moment - window, self._compaction_time(moment)
         if not all_time:
-            # Let totals start at the window, so that they don't depend on events that earlier calls dropped. The events
-            # of a key are ordered by time, so the last events are kept.
+            # Count totals from the start of the window, so that they don't depend on events that earlier calls dropped.
+            # The events of a key are ordered by time, so the kept events are the last ones.
             starts = self.events.starts
             kept = np.diff(np.append(0, np.cumsum(later))[starts])
             first = starts[1:] - kept
@@ -242,10 +242,10 @@ class CounterStore(EventStore):
         return columns | {name: column for name, column in optional.items() if column is not None}
 
     def with_columns(self, columns: Mapping[str, np.ndarray], compacted_at: int | None) -> "CounterStore":
-        """Return a store with other events.
+        """Return a store with the events in `columns` instead.
 
         Args:
-            columns: Columns that `to_columns` returned.
+            columns: Columns of the events, as from `to_columns`.
             compacted_at: Time of the last compaction in microseconds, None without compaction.
         """
         totals: dict[str, Any] = {name: columns.get(name) for name in ("rows", "label_sum", "last_positive")}
@@ -257,7 +257,7 @@ class LookupTotals:
     """Totals of a counter at N lookups.
 
     Attributes:
-        time: (N,) int64 times of the totals in microseconds, which are not before the store's compaction.
+        time: (N,) int64 microseconds up to which totals count: the time of the lookup, at least `compacted_at`.
     """
 
     def __init__(self, store: CounterStore, lookups: Lookups) -> None:
@@ -292,10 +292,10 @@ def _map(function: Any, *values: Any) -> Any:
 
 
 class CounterEncoder(PointInTimeEncoder[CounterStore]):
-    """Encoder of statistics over earlier rows with the same key whose label was available at the request.
+    """Encoder of statistics over the labels of a key, or over its events, that were available at the request.
 
     Attributes:
-        prior: Mean label of the training rows, which `smoothing` adds to rates.
+        prior: Mean label of the training rows. A rate includes `smoothing` additional rows with this label.
     """
 
     feature: CounterFeature
@@ -322,7 +322,7 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
         return self.source is None and not self.task.kind.is_binary
 
     def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
-        """Add the labels of training rows to `counts`, for the mean label.
+        """Add the labels of training rows to `counts`, from which `finish_fit` computes `prior`.
 
         Args:
             rows: Training rows.
@@ -338,7 +338,7 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
         return CounterStore.empty(self.source is None, "recency" in self.feature.outputs)
 
     def events(self, rows: LogRows) -> pa.Table:
-        """Return the rows as a table of events. A build sends rows of the interaction log as lookups instead."""
+        """Return the rows of an event log, or the rows with observed labels of the interaction log, as events."""
         key = rows.hashes(self.key_columns)
         if self.source is None:
             return self.events_from_labels(key, rows.times(), self.labels(rows))
@@ -350,13 +350,6 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
         return labels if self.has_fractional_labels else np.where(np.isnan(labels), -1, labels).astype(np.int8)
 
     def events_from_labels(self, key: np.ndarray, times: np.ndarray, labels: np.ndarray) -> pa.Table:
-        """Return the rows with observed labels as events, which become available with their label.
-
-        Args:
-            key: (N,) uint64 keys.
-            times: (N,) int64 request times in microseconds.
-            labels: (N,) values that `labels` returned.
-        """
         observed = ~np.isnan(labels) if self.has_fractional_labels else labels >= 0
         if not observed.all():
             key, times, labels = key[observed], times[observed], labels[observed]
@@ -383,26 +376,13 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
             ) from None
 
     def compacted(self, store: CounterStore, moment: int) -> CounterStore:
-        """Return a store without the events that requests from `moment` on can't see.
-
-        Args:
-            store: Store to reduce. It is not modified.
-            moment: Earliest time of later requests in microseconds.
-        """
         all_time = None in self.feature.window_days or "recency" in self.feature.outputs
         return store.compacted(moment, max(filter(None, self._windows.values()), default=0), all_time)
 
     def result_columns(self) -> Mapping[str, tuple[ColumnUse, pa.DataType | None]]:
-        """Return the names of the statistics, such as `user_product_log_sum`."""
         return dict.fromkeys(self.numbers, ("number", pa.float64()))
 
     def distinct_results(self, store: CounterStore, lookups: Lookups) -> dict[str, np.ndarray]:
-        """Return (D,) float64 statistics of D distinct lookups by name.
-
-        Args:
-            store: Store of the counter.
-            lookups: Distinct lookups.
-        """
         totals, results = LookupTotals(store, lookups), dict[str, np.ndarray]()
         for suffix, window in self._windows.items() if self._totals else ():
             count, label_sum = totals.totals(window)
@@ -414,11 +394,11 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
         return results
 
     def to_exchange_dtype(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Return results as float32. Rates of a regression become differences from the mean, to keep their precision.
+        """Return a statistic as float32. For precision, rates of a regression task become differences from `prior`.
 
         Args:
             name: Name of the result.
-            values: (N,) values.
+            values: (N,) values of the statistic.
         """
         return self._distances(name, values).astype(np.float32)
 
@@ -427,20 +407,20 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
 
     @property
     def offset(self) -> float:
-        """Number to subtract from rates before they become float32, the mean of a regression or else 0."""
+        """Number to subtract from rates before they become float32: `prior` for a regression task, else 0."""
         return self.prior if self.has_fractional_labels else 0.0
 
     def input_spec(self) -> InputSpec:
         return InputSpec(dense=tuple(dense for number in self.numbers.values() for dense in number.inputs()))
 
     def encode(self, rows: LogRows) -> Inputs:
-        """Return the statistics as numbers. A request can replace a statistic by a column of the same name."""
+        """Return the statistics as `Inputs.numbers`. A request's column with a statistic's name takes precedence."""
         given = {name: self._distances(name, rows.numbers(name)) for name in self.numbers if rows.has_column(name)}
         results = given if len(given) == len(self.numbers) else {**self.look_up(rows), **given}
         return Inputs(numbers=[(np.asarray(results[name]), number) for name, number in self.numbers.items()])
 
     def explain(self, rows: LogRows) -> Mapping[str, np.ndarray]:
-        """Return (N,) float64 statistics by name. A request can replace a statistic by a column of the same name."""
+        """Return (N,) float64 statistics by name. A request's column with a statistic's name takes precedence."""
         lookups = rows.lookups(self.key_columns)
         results = self.distinct_results(self.store, lookups)
         return {
@@ -459,7 +439,7 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
 
 
 def _statistic(output: str, rows: np.ndarray, labels: np.ndarray, smoothing: float, prior: float) -> np.ndarray:
-    """Compute the output log_sum, log_count or rate from row counts and label sums."""
+    """Compute the `output` log_sum, log_count or rate from row counts and label sums."""
     match output:
         case "log_sum":
             return np.log1p(np.maximum(labels, 0.0))
@@ -476,7 +456,7 @@ def _distances(rates: np.ndarray, offset: Any) -> np.ndarray:
 
 
 def _recency(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """Return log(1 + days since the last positive event), NaN without a positive event."""
+    """Return log(1 + days from `moments` of the last positive labels to `times`), NaN where `moments` is `NEVER`."""
     days = (times - moments.astype(np.float64)) / MICROSECONDS_PER_DAY
     return np.where(moments == NEVER, np.nan, np.log1p(np.maximum(days, 0.0)))
 

@@ -27,7 +27,7 @@ MAX_ATTENTION_LENGTH = 512
 
 
 class HistoryFeature(EventFeature):
-    """The user's last engaged candidates before the request, point in time, embedded and averaged."""
+    """The last candidates that the user engaged with, as available at the request, embedded and pooled."""
 
     fixed_role = "user"
     kind: Literal["history"]
@@ -53,7 +53,7 @@ class HistoryFeature(EventFeature):
         return self
 
     def reads(self) -> Mapping[str, ColumnUse]:
-        """Return no columns, because every row has the user's id."""
+        """Return no columns, because the user's id, which is the key, is read for every row."""
         return {}
 
     def event_reads(self, schema: Schema) -> Mapping[str, ColumnUse]:
@@ -61,7 +61,7 @@ class HistoryFeature(EventFeature):
         return {schema.columns.user: "key", **reduce(or_, map(dict, ids))}
 
     def parts(self, name: str) -> dict[str, str]:
-        """Return the id feature of each input of the history `name`: the feature `of`, then the `attributes`."""
+        """Return input -> id feature for the inputs of the history `name`: first `of`, then the `attributes`."""
         return {name: self.of, **{f"{name}_{attribute}": attribute for attribute in self.attributes}}
 
     @property
@@ -84,11 +84,11 @@ class HistoryFeature(EventFeature):
 
 @dataclass(eq=False)
 class HistoryStore(EventStore):
-    """Candidates that users engaged with, one event per candidate.
+    """Candidates that users engaged with, in E events of one candidate each.
 
     Attributes:
         items: (E,) int64 rows of the candidates in their embedding table.
-        attributes: (E,) int64 rows in the embedding table of each attribute.
+        attributes: For each attribute, (E,) int64 rows in its embedding table.
     """
 
     items: np.ndarray
@@ -96,7 +96,7 @@ class HistoryStore(EventStore):
 
     @staticmethod
     def empty(attributes: int = 0) -> "HistoryStore":
-        """Return a store without events for the number `attributes` of attributes."""
+        """Return a store without events, whose candidates have this number of attributes."""
         empty = np.empty(0, np.int64)
         events = SortedEvents(np.empty(0, np.uint64), empty)
         return HistoryStore(events, empty, (empty,) * attributes)
@@ -107,13 +107,13 @@ class HistoryStore(EventStore):
         Args:
             key: (E,) uint64 keys.
             available_at: (E,) int64 microseconds at which the events become available.
-            rows: (E,) int64 table rows of the items, then an array of table rows for each attribute.
+            rows: (E,) int64 table rows of the items, then (E,) int64 table rows of each attribute.
         """
         if not len(key):
             return self
         before = (self.events.key, self.events.available_at, self.items, *self.attributes)
         columns = [np.append(*pair) for pair in zip(before, (key, available_at, *rows), strict=True)]
-        # Events with equal times are ordered by item and attributes.
+        # Events with equal keys and times are ordered by item and attributes, whatever order they arrived in.
         order = np.lexsort(columns[::-1])
         key, available_at, items, *attributes = (column[order] for column in columns)
         return replace(self, events=SortedEvents(key, available_at), items=items, attributes=tuple(attributes))
@@ -122,12 +122,12 @@ class HistoryStore(EventStore):
         return self.extended(store.events.key, store.events.available_at, store.items, *store.attributes)
 
     def last_events(self, lookups: Lookups, length: int) -> list[Ragged]:
-        """Return lists of the last items that were available at N lookups, then lists of each attribute.
+        """Return lists of table rows: of the last items available at D lookups, then of each attribute of the items.
 
-        The oldest item comes first. Items with equal times are ordered by table row.
+        In a list, the oldest item comes first. Items with equal times are ordered by table row.
 
         Args:
-            lookups: N lookups.
+            lookups: D lookups.
             length: Maximum number of items per lookup.
         """
         lookups, parts, part_lengths = lookups.clamp_times(self.compacted_at), [], []
@@ -170,10 +170,10 @@ class HistoryStore(EventStore):
         return columns | {f"attribute{index}": attribute for index, attribute in enumerate(self.attributes)}
 
     def with_columns(self, columns: Mapping[str, np.ndarray], compacted_at: int | None) -> Self:
-        """Return a store with other events.
+        """Return a store with the events in `columns` instead.
 
         Args:
-            columns: Columns that `to_columns` returned.
+            columns: Columns of the events, as from `to_columns`.
             compacted_at: Time of the last compaction in microseconds, None without compaction.
         """
         attributes = tuple(columns[f"attribute{index}"] for index in range(len(self.attributes)))
@@ -185,7 +185,7 @@ class HistoryEncoder(PointInTimeEncoder[HistoryStore]):
     """Encoder of the last `length` candidates that the user engaged with, oldest first, and their attributes.
 
     Attributes:
-        parts: Vocabularies of the candidates and then of each attribute, by the name of the result.
+        parts: Vocabularies of the candidates and then of each attribute, by the name of the input and result.
     """
 
     feature: HistoryFeature
@@ -198,7 +198,7 @@ class HistoryEncoder(PointInTimeEncoder[HistoryStore]):
         return HistoryStore.empty(len(self.parts) - 1)
 
     def events(self, rows: LogRows) -> pa.Table:
-        """Return a table of the rows in which the user engaged. An event becomes available with the row's label."""
+        """Return the rows in which the user engaged as events. Their own columns have ids, not table rows."""
         engaged = np.flatnonzero(rows.labels(self.task, _NO_CUTOFF) >= self.feature.min_label)
         available_at = availability_times(rows.times()[engaged], self.label_delay_us)
         columns = {
@@ -222,33 +222,20 @@ class HistoryEncoder(PointInTimeEncoder[HistoryStore]):
         return store.extended(events["key"].to_numpy(), events["available_at"].to_numpy(), *rows)
 
     def compacted(self, store: HistoryStore, moment: int) -> HistoryStore:
-        """Return a store without the events that requests from `moment` on can't see.
-
-        Args:
-            store: Store to reduce. It is not modified.
-            moment: Earliest time of later requests in microseconds.
-        """
         return store.compacted(moment, self.feature.length)
 
     def result_columns(self) -> Mapping[str, tuple[ColumnUse, pa.DataType | None]]:
-        """Return the use and the type of the list of candidates and of the list of each attribute."""
         id_types = {name: vocabulary.id_type for name, vocabulary in self.parts.items()}
         return {name: ("keys", None if dtype is None else pa.list_(dtype)) for name, dtype in id_types.items()}
 
     def distinct_results(self, store: HistoryStore, lookups: Lookups) -> Mapping[str, Ragged]:
-        """Return the lists of D distinct lookups by result name.
-
-        Args:
-            store: Store of the history.
-            lookups: Distinct lookups.
-        """
         return dict(zip(self.parts, store.last_events(lookups, self.feature.length), strict=True))
 
     def input_spec(self) -> InputSpec:
         return InputSpec(ids=tuple((name, vocabulary.name, True) for name, vocabulary in self.parts.items()))
 
     def encode(self, rows: LogRows) -> Inputs:
-        """Return lists of the last candidates and of their attributes. A request can replace them by columns."""
+        """Return lists of the last candidates and of their attributes. Lists in the request take precedence."""
         if (given := self._given(rows)) is not None:
             lists = {name: truncate_lists(ids, self.feature.length, last=True) for name, ids in given.items()}
             inputs = {
@@ -261,7 +248,7 @@ class HistoryEncoder(PointInTimeEncoder[HistoryStore]):
         return Inputs(dict(inputs))
 
     def _given(self, rows: LogRows) -> dict[str, pa.Array] | None:
-        """Return the lists that the request sends, None without any, or raise UserError if they don't fit together."""
+        """Return the lists in the request by name, None if it has none. Raise UserError if they don't match."""
         names = list(self.result_columns())
         if not any(map(rows.has_column, names)):
             return None
@@ -277,7 +264,7 @@ class HistoryEncoder(PointInTimeEncoder[HistoryStore]):
         return lists
 
     def explain(self, rows: LogRows) -> Mapping[str, np.ndarray]:
-        """Return (N,) lists of ids by result name, None for an empty list. A request can replace the lists."""
+        """Return (N,) lists of the log's ids by name, None for an empty list. Lists in the request take precedence."""
         results = {}
         given, lookups = self._given(rows), rows.lookups(self.key_columns)
         stored = {} if given is not None else self.distinct_results(self.store, lookups)
@@ -295,7 +282,7 @@ class HistoryEncoder(PointInTimeEncoder[HistoryStore]):
 
 
 def _event_column(index: int) -> str:
-    """Return the name of the event column for the candidates (index 0) or for an attribute."""
+    """Return the name of the event column with the candidates (index 0) or with an attribute (from index 1 on)."""
     return f"id{index or ''}"
 
 

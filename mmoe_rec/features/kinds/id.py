@@ -36,7 +36,7 @@ class IdEncoder(Encoder):
         self.counts = self.vocabulary.counts if self._owns_table else None
 
     def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
-        """Count the ids in training rows if the feature owns its vocabulary.
+        """Count the ids in training rows if the feature owns its vocabulary (has no `table`).
 
         Args:
             rows: Training rows.
@@ -60,7 +60,7 @@ class IdEncoder(Encoder):
         return Inputs({self.name: rows.apply(self.feature.column, self.vocabulary.encode)})
 
     def state(self) -> State:
-        """Return the ids of the vocabulary in the order of the table rows, if the feature owns it."""
+        """Return the ids of the vocabulary in the order of the table rows, or nothing if another feature owns it."""
         if not self._owns_table:
             return State()
         values = {"oov_buckets": self.feature.oov_buckets}

@@ -57,7 +57,7 @@ def truncate_lists(lists: pa.Array, max_length: int, *, last: bool = False) -> t
         last: Whether to keep the last elements instead of the first.
 
     Returns:
-        Remaining elements of all lists, and the (N,) int32 lengths of the lists.
+        Remaining elements of all lists in one array, and the (N,) int32 lengths of the shortened lists.
     """
     if pt.is_null(lists.type):
         return pa.array([], pa.null()), np.zeros(len(lists), np.int32)

@@ -47,7 +47,10 @@ class NumericFeature(Feature, EmbeddingChoices):
         return super().has_own_table and (self.transform == "buckets" or self.values is not None)
 
     def semantics(self, schema: Schema) -> InputSemantics:
-        """Describe table rows as buckets after a missing number, or as frequent values after all other numbers."""
+        """Describe row 0 as a missing number and other rows as buckets.
+
+        With `values: auto`, row 0 stands for all values that are not frequent, and other rows for frequent values.
+        """
         if self.values is None:
             return InputSemantics((self.column,), lambda table, row: f"bucket {row}")
         return InputSemantics(
@@ -59,7 +62,7 @@ class NumericEncoder(NumberEncoder):
     """Encoder of a number, standardized or as an embedded quantile bucket.
 
     Attributes:
-        edges: Inner edges of the buckets.
+        edges: Ascending inner edges of the buckets, empty without buckets.
         frequent: Frequent values, each with an embedding of its own. None without `values: auto`.
     """
 
@@ -89,7 +92,7 @@ class NumericEncoder(NumberEncoder):
             self.edges = self.number.histogram.bucket_edges(self.feature.buckets)
 
     def input_spec(self) -> InputSpec:
-        """Return an id input of buckets, or dense inputs with an id input of frequent values if `values` is auto."""
+        """Return an id input for buckets, or dense inputs and, with `values: auto`, an id input for frequent values."""
         if self.feature.transform != "buckets":
             dense = self.number.inputs()
             if self.frequent is None:
@@ -126,7 +129,7 @@ class NumericEncoder(NumberEncoder):
         super().restore(State(values))
 
     def max_tables(self) -> tuple[TableSpec, ...]:
-        """Return the table with the maximum number of buckets or frequent values, if the feature has a table."""
+        """Return the table, if any, with one row for each possible bucket or frequent value, and row 0."""
         max_ids = self.feature.buckets if self.feature.values is None else MAX_DISTINCT_VALUES
         return tuple(replace(table, rows=max_ids + 1) for table in self.input_spec().tables)
 

@@ -48,7 +48,7 @@ class TimeFeature(Feature):
         return self
 
     def reads(self) -> Mapping[str, ColumnUse]:
-        """Return the use of `column`. The request time isn't listed, because every feature can read it."""
+        """Return `column`, if it is set. The request time isn't listed, because every feature can read it."""
         return {} if self.column is None else {self.column: "time"}
 
     @property
@@ -74,7 +74,7 @@ class TimeEncoder(NumberEncoder):
     suffix = "_age"
 
     def values(self, rows: LogRows) -> np.ndarray:
-        """Return log(1 + age in days) with the sign of the age, or no numbers if `parts` doesn't list the age."""
+        """Return sign(age) log(1 + |age|), (N,), with the age in days, or an empty array if `parts` lacks the age."""
         if "age" not in self.feature.parts:
             return np.empty(0)
         times = rows.times(self.feature.column)
@@ -98,10 +98,10 @@ class TimeEncoder(NumberEncoder):
         return Inputs(ids, numbers=ages)
 
     def _table_rows(self, times: np.ndarray) -> np.ndarray:
-        """Return the (2, T) int64 table rows of the hour and the weekday of T times."""
+        """Return the (2, T) int64 table rows of the hour and the weekday of T times, 0 for a missing time."""
         # Use Python's time zones, because Arrow's local times are wrong from 2038 on.
         zone = ZoneInfo(self.feature.timezone)
-        # Python's calendar covers the years 1 to 9999.
+        # Python's calendar covers only the years 1 to 9999, so move earlier and later times into them.
         clipped = np.clip(times, _FIRST_DAY, _LAST_DAY)
         if len(times) > _MAX_PYTHON_TIMES:
             import pandas as pd
