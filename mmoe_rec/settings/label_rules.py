@@ -11,10 +11,10 @@ _MICROSECONDS_PER_DAY = 86_400_000_000
 
 
 class LabelEvents(Section):
-    """A log of events after requests, in folder --events/NAME or at `data.events.NAME.path`.
+    """A log of events after requests, in the folder NAME of `--events`, or else at `data.events.NAME.path`.
 
-    Its columns of user and candidate have the same names and types as in the interaction log. If it has a column
-    `event_id`, rows with the same ID count once.
+    The columns of user and candidate have the same names and types as in the interaction log. If the log has a column
+    `event_id`, several rows of a user with the same ID count once.
     """
 
     time: str = Field(description="column with the event's time (integers are in `columns.time_unit`)")
@@ -26,7 +26,7 @@ class LabelEvents(Section):
 
 
 class Window(Section):
-    """Events that count for a request."""
+    """A log of events, and how long after a request an event counts for the request."""
 
     events: str = Field(description="name under labels.events")
     attribution_days: float = Field(gt=0, le=36_500, description="days after the request during which an event counts")
@@ -38,7 +38,7 @@ class Window(Section):
 
 
 class LabelSource(Window):
-    """Source of a label, or of the column of its `observed_when`."""
+    """Events that give the label of each row, or the value of a column of `observed_when`."""
 
     value: str | None = Field(None, description="event column with the label; null: 1 for any event")
     combine: Literal["last", "first", "sum", "max"] = Field(
@@ -81,11 +81,11 @@ class LabelRules(Section):
 
     @property
     def windows(self) -> list[Window]:
-        """Windows of all labels, and of the events that say which candidates were shown."""
+        """All `sources`, and `shown` if it is set."""
         return [*self.sources.values(), *([] if self.shown is None else [self.shown])]
 
     def check(self, schema: Schema) -> None:
-        """Raise ValueError if the section doesn't match the other sections in `schema`."""
+        """Raise ValueError if the rules contradict the other sections of the settings, which are in `schema`."""
         labels = label_columns(schema)
         if self.events and schema.columns.weight is not None:
             raise ValueError(
@@ -113,7 +113,10 @@ class LabelRules(Section):
 
 
 def label_columns(schema: Schema) -> dict[str, list[str]]:
-    """Return the columns that contain labels or their `observed_when` -> the tasks that read the column."""
+    """Return each column that events must provide -> names of the tasks that read the column.
+
+    These columns are labels, and columns of `observed_when` that aren't inputs (see `Schema.input_columns`).
+    """
     inputs = schema.input_columns()
     readers: dict[str, list[str]] = {}
     for name, task in schema.tasks.items():

@@ -41,7 +41,7 @@ def describe_errors(error: ValidationError, source_of: Callable[[Any], str]) -> 
 
     Args:
         error: Error raised by pydantic.
-        source_of: Returns the source of a problem, a file or an option.
+        source_of: Function that returns the file or option that caused a problem, an entry of `error.errors()`.
     """
     # pydantic also reports a list with an invalid entry as too short.
     problems = [problem for problem in error.errors() if problem["type"] != "too_short"] or error.errors()
@@ -84,13 +84,13 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
 @cache
 def _all_settings() -> list[list[str]]:
-    """Return the keys that lead to each setting. NAME stands for the name of a task, a feature or a log."""
+    """Return the path of each setting, such as [tasks, NAME, kind]. NAME is any name of a task, feature or log."""
     names = re.findall(r"^  --(\S+)", describe_settings(), re.MULTILINE)
     return [name.split(".") for name in (*names, "features.NAME.kind")]
 
 
 def _keys_at(location: Sequence[str]) -> list[str]:
-    """Return the keys that the section at a location may have."""
+    """Return the keys that are allowed in the section with the path `location`."""
     depth, settings = len(location), _all_settings()
     return list(dict.fromkeys(keys[depth] for keys in settings if len(keys) > depth and _leads_to(location, keys)))
 
@@ -100,7 +100,7 @@ def _leads_to(location: Sequence[str], setting: Sequence[str]) -> bool:
 
 
 def without_none(annotation: Any) -> Any:
-    """Return a setting's type without None."""
+    """Return the type T of an annotation `T | None`, and any other annotation unchanged."""
     if isinstance(annotation, types.UnionType):
         rest = [part for part in typing.get_args(annotation) if part is not type(None)]
         return rest[0] if len(rest) == 1 else annotation
@@ -151,10 +151,10 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), source: str =
 
 
 def override_settings(settings: Settings, overrides: Sequence[str], source: str) -> Settings:
-    """Return settings with overrides, checked.
+    """Return a copy of settings with overrides, and check every key.
 
     Args:
-        settings: Settings to change.
+        settings: Settings, which are not modified.
         overrides: Options such as `--model.experts.count=16`.
         source: Source of the overrides, for error messages.
 
@@ -181,7 +181,7 @@ def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[list[str], Any]]
     """Yield `--a.b value` and `--a.b=value` as (["a", "b"], value parsed as YAML).
 
     Raises:
-        UserError: An argument is not a setting with a value.
+        UserError: An argument doesn't have this form, or the value is not valid YAML.
     """
     rest = list(arguments)
     while rest:
@@ -215,7 +215,7 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
 
 
 def check_option_names(arguments: Iterable[str], options: Sequence[str] = (), source: str = "command line") -> None:
-    """Raise UserError for an option that is neither the command's nor a setting, and suggest the nearest name.
+    """Raise UserError if an argument is neither an option of the command nor a setting, and suggest the nearest name.
 
     Args:
         arguments: Options, overrides and values as typed. A value never begins with two dashes.

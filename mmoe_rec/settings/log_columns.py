@@ -87,13 +87,13 @@ class Columns(Section):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Existing columns of request, user, candidate and time."""
+        """Names of the columns with request, user, candidate and time, without columns that the log lacks."""
         columns = (self.request, self.user, self.candidate, self.time)
         return tuple(name for name in columns if name not in (None, NO_USER, NO_CANDIDATE, NO_TIME))
 
 
 class SplitColumn(Section):
-    """Column with a row's split, and its values for each of `SPLITS`."""
+    """Column that names the split of each row, and the values that stand for each split."""
 
     column: str
     train: tuple[Scalar, ...]
@@ -107,7 +107,7 @@ class SplitColumn(Section):
 
 
 class Roles(Section):
-    """Roles of columns. Each column that a feature reads has one role."""
+    """Roles of columns. Each column that a feature reads needs one role."""
 
     user: tuple[str, ...] = Field((), description="columns that describe the user")
     candidate: tuple[str, ...] = Field((), description="columns that describe the candidate")
@@ -120,8 +120,8 @@ class Roles(Section):
 class EventLog(Section):
     """Additional log of events, such as all purchases or page views, for counters and histories.
 
-    Events need not come from this system. The key columns have the same names and types as in the interaction log. An
-    event is available from its time on.
+    Any system can write the events. The key columns have the same names and types as in the interaction log. Requests
+    after the time of an event see the event.
     """
 
     path: str = Field(description="folder of Parquet files, one file, or a glob; a path or an s3:// URI")
@@ -136,7 +136,7 @@ MODEL_CHOICES = {
 
 
 def drop_model_choices(section: str, tree: Any) -> Any:
-    """Return the section without the keys that only concern the model.
+    """Return a section of a settings file without `MODEL_CHOICES`, the keys that only concern the model.
 
     Args:
         section: "tasks" or "features".
@@ -152,14 +152,14 @@ def drop_model_choices(section: str, tree: Any) -> Any:
 
 
 class ObservedWhen(Section):
-    """Condition on another column for a row's label to be observed."""
+    """Condition on another column. A label is observed only in rows that meet the condition."""
 
     column: str = Field(description="column to compare")
     equals: Scalar = Field(description="value that marks an observed label")
 
 
 class Task(Section):
-    """Predicted behavior. A null label is unobserved."""
+    """Predicted behavior, without the choices that only concern the model. A null label is unobserved."""
 
     label: str = Field(description="column with the label; null means unobserved")
     kind: TaskKindField = Field(DEFAULT_KIND, description="binary (labels 0 and 1) or regression")
@@ -185,7 +185,7 @@ class TaskSettings(Task):
 
 
 def joint_task_name(condition: str, task: str) -> str:
-    """Return the name of the joint outcome of a task and its `conditional_on` task.
+    """Return the name of the joint outcome (both labels are 1) of a task and its `conditional_on` task.
 
     Args:
         condition: Name of the `conditional_on` task.

@@ -11,14 +11,14 @@ from mmoe_rec.settings.log_columns import Section
 
 if TYPE_CHECKING:
     RoutingName = str
-else:  # Type checkers can't evaluate the list of rules.
+else:  # Type checkers can't evaluate a Literal of computed names.
     RoutingName = Literal[tuple(rule.name for rule in RULES)]
 _RULES = [f"{rule.summary} ({rule.name})" for rule in RULES]
 Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
 class Bottom(Section):
-    """Shared hidden layer below the experts and gates."""
+    """Layers below the experts and gates, which all tasks share, and encodings of the inputs."""
 
     units: tuple[Width, ...] = Field((256,), description="widths of the shared bottom's layers; [] for no bottom")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout rate after each layer of the bottom")
@@ -103,7 +103,7 @@ class Placement(Section):
 
 
 class Trees(Section):
-    """Boosted trees (LightGBM) on the numbers. A task's logit is a weighted sum of the network's and the trees'."""
+    """Boosted trees (LightGBM) on numbers and IDs. A task's logit is a weighted sum of network and trees."""
 
     max_trees: int = Field(1000, ge=1, description="maximum number of trees per task; validation selects the number")
     leaves: int = Field(31, ge=2, le=1024, description="maximum number of leaves of a tree")

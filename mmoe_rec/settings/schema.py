@@ -31,16 +31,16 @@ Days = Annotated[float, Field(gt=0, le=36_500)]
 
 @dataclass(frozen=True)
 class InputSemantics:
-    """Meaning of a feature's inputs, for the health report. Rows are rows of the feature's embedding tables.
+    """Meaning of a feature's inputs, for the health report. A row is a row of the feature's embedding table.
 
     Attributes:
-        columns: Columns that the values come from.
-        row_name: Function of a table's name and a row's number that returns the meaning of the row. None if each row
-            stands for an ID of a vocabulary.
+        columns: Columns of the log that the inputs are computed from.
+        row_name: Function of a table's name and a row's number that returns the meaning of the row. None if the rows
+            stand for IDs of a vocabulary.
         missing: Whether row 0 stands for a missing value.
         unknown: Number of rows after row 0 for IDs outside the vocabulary.
         zeros_missing: Whether dense inputs that are all 0 stand for a missing value.
-        parts: Meaning of the inputs from other tables, by table.
+        parts: Meaning of the inputs with other tables (attributes of a history), by the name of the table.
     """
 
     columns: tuple[str, ...]
@@ -52,12 +52,12 @@ class InputSemantics:
 
     @property
     def first_seen_row(self) -> int:
-        """First row that stands for one ID of the vocabulary, or for a bucket."""
+        """First row after the rows for a missing value and for IDs outside the vocabulary."""
         return self.missing + self.unknown
 
 
 class Feature(Section, ABC):
-    """Settings of a feature without the choices of the model."""
+    """Settings of a feature. In a `Schema`, choices of the model, such as `dim`, have their defaults."""
 
     if TYPE_CHECKING:
         kind: str
@@ -67,20 +67,20 @@ class Feature(Section, ABC):
 
     @abstractmethod
     def reads(self) -> Mapping[str, ColumnUse]:
-        """Return the columns of a row that the feature reads, with their uses."""
+        """Return the columns that the feature reads in a row to encode, and the use of each column."""
 
     @abstractmethod
     def semantics(self, schema: Schema) -> InputSemantics:
-        """Return the meaning of the inputs, for the health report."""
+        """Return the meaning of the feature's inputs, for the health report."""
 
     @property
     def list_lengths(self) -> Mapping[str, int]:
-        """Required list length, for columns that need one."""
+        """Column -> required length of its lists, for columns whose lists need equal lengths."""
         return {}
 
     @property
     def table_owner(self) -> str | None:
-        """Name of the feature whose vocabulary and table this feature uses, None for its own table or no table."""
+        """Name of another feature whose vocabulary and table this feature uses, None if it shares no table."""
         return None
 
     @property
@@ -89,7 +89,7 @@ class Feature(Section, ABC):
         return self.table_owner is None and "dim" in type(self).model_fields
 
     def check(self, name: str, schema: Schema) -> None:
-        """Raise ValueError if the feature doesn't match the other sections.
+        """Raise ValueError if the feature contradicts other parts of the schema.
 
         Args:
             name: Name of the feature.
@@ -102,21 +102,21 @@ class Feature(Section, ABC):
         Args:
             name: Name of the feature.
             schema: Schema that contains the feature.
-            purpose: Required column.
-            reason: Reason for the error message.
+            purpose: Whether the column of users or of request times is required.
+            reason: Reason in the error message, a clause after "because".
         """
         if not getattr(schema.columns, f"has_{purpose}"):
             raise ValueError(f"feature '{name}' needs columns.{purpose}, which is not set, because {reason}")
 
 
 class EmbeddingChoices(Section):
-    """Choices of the model for a kind with an embedding table."""
+    """Settings of the embeddings of a feature, which only the model uses."""
 
     dim: int = Field(16, ge=1, le=1024, description="width of the embedding")
 
 
 class EventFeature(Feature):
-    """Feature of earlier events, from the interaction log with a task's label or from an event log."""
+    """Feature of earlier events: labels of a task in the interaction log, or rows of an event log."""
 
     task: str | None = Field(None, description="task whose labels in the interaction log to read")
     events: str | None = Field(None, description="event log under `data.events` to read instead of a task")
@@ -129,7 +129,7 @@ class EventFeature(Feature):
 
     @abstractmethod
     def event_reads(self, schema: Schema) -> Mapping[str, ColumnUse]:
-        """Return the columns of the event log that the feature reads, besides the time, with their uses."""
+        """Return the columns that the feature reads in the event log, besides the time, and the use of each column."""
 
     def check(self, name: str, schema: Schema) -> None:
         """Raise ValueError if the task or the event log doesn't exist."""
@@ -142,10 +142,10 @@ class EventFeature(Feature):
 
 
 class Schema(Section):
-    """Meaning of a log, with all settings that features depend on, checked for consistency.
+    """Columns, roles, tasks and features of a log: all settings that encoded rows depend on, checked for consistency.
 
-    `mmoe_rec.features.kinds.parse_schema` builds a schema. It excludes settings that only training reads,
-    such as loss weights (see `log_columns`), so a change of these settings needs no new features.
+    `mmoe_rec.features.kinds.parse_schema` builds a schema without settings that only concern the model, such as loss
+    weights (see `log_columns.MODEL_CHOICES`). So a change of these settings needs no new features.
     """
 
     columns: Columns
@@ -162,7 +162,7 @@ class Schema(Section):
         for name in (*self.tasks, *self.features):
             if not name.replace("_", "").isalnum():
                 raise ValueError(f"name '{name}' may contain only letters, digits and underscores")
-        for names in (self.tasks, self.features):  # File names contain them, and some file systems ignore case.
+        for names in (self.tasks, self.features):  # Names are in file names, where some systems ignore case.
             if len({name.casefold() for name in names}) < len(names):
                 raise ValueError(f"some names differ only in upper and lower case: rename one of {', '.join(names)}")
         for name in _RESERVED.intersection(self.tasks):
@@ -198,7 +198,7 @@ class Schema(Section):
             taken[outcome] = "the outcome of two other tasks"
 
     def _check_columns(self) -> None:
-        """Check that columns have one purpose and that tables without users or times have no settings for them."""
+        """Raise ValueError if a column has two purposes, or if a setting needs users or times that the log lacks."""
         columns = {f"columns.{name}": getattr(self.columns, name) for name in _PURPOSES}
         columns["split.column"] = None if self.split is None else self.split.column
         purposes: dict[str, str] = {}
@@ -238,7 +238,7 @@ class Schema(Section):
 
     @property
     def _own_roles(self) -> dict[str, Role]:
-        """Roles of the existing columns of user, candidate and time."""
+        """Roles of the columns of user, candidate and time, without columns that the log lacks."""
         columns = self.columns
         roles: dict[str, Role] = {columns.user: "user", columns.candidate: "candidate", columns.time: "context"}
         return {name: role for name, role in roles.items() if name in columns.names}
@@ -252,11 +252,13 @@ class Schema(Section):
         return roles
 
     def can_rank_without(self, names: Collection[str]) -> bool:
-        """Return whether a feature of user, candidate or context remains without the features `names`."""
+        """Return whether a feature with another role than placement remains if the features `names` are removed."""
         return any(name not in names and self.role_of(name) != "placement" for name in self.features)
 
     def role_of(self, name: str) -> Role:
-        """Return the role of a feature, which describes its columns together.
+        """Return the role of a feature: the role of its kind if fixed, else placement if its columns have this role.
+
+        Otherwise, return the first of candidate, context and user that a column has, or context without columns.
 
         Raises:
             ValueError: A column has no role, or placement is mixed with other roles.
@@ -285,18 +287,18 @@ class Schema(Section):
         return "user" if roles else "context"
 
     def table_of(self, name: str) -> str:
-        """Return the ID feature that owns the vocabulary and the embedding table of a feature."""
+        """Return the name of the feature that owns the embedding table of the feature `name`."""
         return self.features[name].table_owner or name
 
     def identity(self) -> dict[str, Any]:
-        """Return all settings of features as JSON values, except the paths of event logs.
+        """Return all settings as JSON values, except the paths of event logs.
 
-        The files of an event log identify the log instead (`mmoe_rec.preprocessing.prepare`).
+        `mmoe_rec.preprocessing.prepare` combines these values with the log files to a fingerprint of the encoded rows.
         """
         return self.model_dump(mode="json", exclude={"events": {"__all__": {"path"}}})
 
     def input_columns(self) -> dict[str, Role]:
-        """Return the columns that features read, with their roles. A request may have these columns."""
+        """Return the roles of the columns that features read, and of the columns of user, candidate and time."""
         read = {column for feature in self.features.values() for column in feature.reads()}
         read |= self._own_roles.keys()
         return {column: role for column, role in self.column_roles.items() if column in read}

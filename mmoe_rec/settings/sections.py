@@ -119,7 +119,7 @@ class Split(Section):
     def windows(self) -> dict[str, tuple[int | None, int | None]]:
         """Return the request times [start, end) of each split in microseconds since 1970 UTC.
 
-        A split by a column has the substitute times of `mmoe_rec.log.rows`.
+        None means no limit. Rows that are split by a column have substitute times (see `mmoe_rec.log.rows`).
         """
         if self.column is not None:
             return {name: (index, index + 1) for index, name in enumerate(SPLITS)}
@@ -150,7 +150,7 @@ class SearchRange(Section):
         return self
 
 
-# Settings that a search may change. They require no new features and don't change how trials are compared.
+# Settings that a search may change, because they affect neither the features nor how trials are compared.
 _SEARCHED = r"(model(?!\.trees)|training(?!\.calibration))\..+|tasks\.[^.]+\.loss_weight|features\.[^.]+\.dim"
 
 
@@ -178,7 +178,7 @@ def diff_settings(first: Any, second: Any, path: str = "") -> Iterator[tuple[str
     Args:
         first: Settings as parsed from YAML.
         second: Settings to compare with.
-        path: Name of the section, for recursive calls.
+        path: Name of the section that contains the settings, for recursive calls. Empty for whole settings.
     """
     if isinstance(first, dict) and isinstance(second, dict):
         for name in first | second:
@@ -258,7 +258,7 @@ class Evaluation(Section):
 
 
 class Serving(Section):
-    """Limits for requests and for calls of the command `serve`, and the backend of matrix products."""
+    """Limits for requests and for HTTP calls to the server, and the backend of matrix products."""
 
     matmul_backend: Literal["auto", "blas", "onednn"] = Field(
         "auto",
@@ -339,13 +339,13 @@ class Settings(Section):
 
     @property
     def schema_(self) -> Schema:
-        """Schema of the log, which excludes choices of the model."""
+        """Schema of the log, without choices of the model."""
         sections = self.model_dump(include={"columns", "roles", "tasks", "features"})
         return parse_schema({**sections, "events": self.data.events, "split": self.split.split_column})
 
     @property
     def model_choices(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Choices of the model for tasks and features: `tasks` or `features` -> name -> key -> value."""
+        """Values of the keys in `MODEL_CHOICES`: `tasks` or `features` -> name of task or feature -> key -> value."""
         sections = self.model_dump(mode="json", include=set(MODEL_CHOICES))
         return {
             section: {
@@ -362,7 +362,7 @@ class Settings(Section):
 
     @property
     def registered_model(self) -> str:
-        """Name in the MLflow registry."""
+        """Name of the model in the MLflow registry."""
         return self.tracking.registered_model or self.name
 
     def to_yaml(self) -> str:
@@ -382,9 +382,9 @@ _NUMBERS = {
 
 
 def _with_numbers(base: type) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """Return the rules by which PyYAML guesses the type of an unquoted value, with the numbers of YAML 1.2.
+    """Return the rules by which PyYAML guesses the type of an unquoted value, with `_NUMBERS` for numbers.
 
-    The keys are first characters, and the values are pairs of a tag and a pattern.
+    Each rule is: possible first character of a value -> pairs of a type's tag and the pattern of its values.
     """
     rules = {
         first: [(tag, rule) for tag, rule in tags if tag not in _NUMBERS]
