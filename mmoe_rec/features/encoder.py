@@ -278,7 +278,7 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
 
         Args:
             store: Event store to search.
-            lookups: Lookups, with equal lookups of several rows stored once.
+            lookups: D lookups, which several rows can share.
         """
 
     @abstractmethod

@@ -34,7 +34,7 @@ FORMAT = 10
 class LiveUpdates:
     """Events that a server ingested after the event stores of a pipeline were built.
 
-    Objects don't change, so requests can use one object while `extended` builds the next one for
+    This object never changes. Requests use it while `extended` builds the next object for
     `FeaturePipeline.with_live`. Features are bitwise equal to features from event stores that contain these events.
 
     Attributes:

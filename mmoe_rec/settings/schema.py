@@ -256,7 +256,7 @@ class Schema(Section):
         return any(name not in names and self.role_of(name) != "placement" for name in self.features)
 
     def role_of(self, name: str) -> Role:
-        """Return the role of a feature: the role of its kind if fixed, else placement if its columns have this role.
+        """Return the role of a feature: `fixed_role`, or else placement if the feature's columns have this role.
 
         Otherwise, return the first of candidate, context and user that a column has, or context without columns.
 

@@ -212,7 +212,7 @@ class CounterStore(EventStore):
 
         Args:
             moment: Earliest time of later requests in microseconds.
-            window: Longest window of the counter in microseconds.
+            window: Longest window of the counter in microseconds, 0 without windows.
             all_time: Whether the counter also needs totals over all of the past, or `last_positive`.
         """
         later, compacted_at = self.events.available_at > moment - window, self._compaction_time(moment)
@@ -456,7 +456,7 @@ def _distances(rates: np.ndarray, offset: Any) -> np.ndarray:
 
 
 def _recency(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """Return log(1 + days from `moments` of the last positive labels to `times`), NaN where `moments` is `NEVER`."""
+    """Return log(1 + days) from the last positive labels at `moments` to `times`, NaN where `moments` is `NEVER`."""
     days = (times - moments.astype(np.float64)) / MICROSECONDS_PER_DAY
     return np.where(moments == NEVER, np.nan, np.log1p(np.maximum(days, 0.0)))
 

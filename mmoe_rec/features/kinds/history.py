@@ -122,7 +122,7 @@ class HistoryStore(EventStore):
         return self.extended(store.events.key, store.events.available_at, store.items, *store.attributes)
 
     def last_events(self, lookups: Lookups, length: int) -> list[Ragged]:
-        """Return lists of table rows: of the last items available at D lookups, then of each attribute of the items.
+        """Return lists of table rows, first of the last items available at D lookups, then of each attribute.
 
         In a list, the oldest item comes first. Items with equal times are ordered by table row.
 
@@ -198,7 +198,7 @@ class HistoryEncoder(PointInTimeEncoder[HistoryStore]):
         return HistoryStore.empty(len(self.parts) - 1)
 
     def events(self, rows: LogRows) -> pa.Table:
-        """Return the rows in which the user engaged as events. Their own columns have ids, not table rows."""
+        """Return one event for each row in which the user engaged. Items and attributes are ids, not table rows."""
         engaged = np.flatnonzero(rows.labels(self.task, _NO_CUTOFF) >= self.feature.min_label)
         available_at = availability_times(rows.times()[engaged], self.label_delay_us)
         columns = {
