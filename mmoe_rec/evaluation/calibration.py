@@ -33,7 +33,7 @@ from mmoe_rec.progress import bar
 from mmoe_rec.task_kinds import DEFAULT_KIND
 
 CalibrationMethod = Literal["temperature", "isotonic"]
-# Minimum number of rows with the rarer label. The relative standard error of their rate is then 10% or 3%.
+# Minimum number of rows with the rarer label. The relative standard error of the label's rate is then 10% or 3%.
 MIN_LABELS = {"temperature": 100, "isotonic": 1000}
 # Minimum slope of an isotonic fit. Logits that differ by 1e-4 then still differ in float32.
 MIN_SLOPE = 0.01
@@ -49,19 +49,19 @@ def fit_calibration(
     weights: np.ndarray | None = None,
     times: np.ndarray | None = None,
 ) -> tuple[Calibration, list[str]]:
-    """Fit the calibration of all binary tasks.
+    """Fit the calibration of all binary tasks, each on its observed rows.
 
     Args:
         method: `temperature` or `isotonic`.
         tasks: T tasks. Regressions are skipped.
         logits: Logits of the model, shape (N, T).
-        labels: Labels 0 or 1, NaN if unobserved, shape (N, T).
+        labels: Labels 0 or 1 of binary tasks, NaN if unobserved, shape (N, T).
         weights: Positive weights of the rows, shape (N,), None for equal weights.
         times: Times of the requests, shape (N,). A task drifts if a fit on the earlier half of its rows makes the later
             half worse, and is then not calibrated. None skips this test.
 
     Returns:
-        The calibration, and a sentence for each task that is not calibrated.
+        The calibration, and a sentence with the reason for each binary task that is not calibrated.
 
     Raises:
         UserError: A logit is not a finite number.
@@ -104,7 +104,7 @@ def _find_drift(
         return None
     fractions, before = w[late] / w[late].sum(), x[late]
     after = fitted.apply(torch.from_numpy(before)).numpy()
-    # Use log loss, because a kind's own loss, such as focal loss, may not be lowest for true probabilities.
+    # Use log loss, because the task's own loss, such as focal loss, may not be lowest for true probabilities.
     losses = [DEFAULT_KIND.losses(logits, y[late]) for logits in (after, before)]
     loss_changes = losses[0] - losses[1]
     if fractions @ loss_changes <= 2 * math.sqrt(fractions**2 @ (loss_changes - fractions @ loss_changes) ** 2):
@@ -120,11 +120,11 @@ def fit_temperature(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> TaskCa
 
     Args:
         x: Logits, shape (N,) float64.
-        y: Labels 0 and 1 of both classes, shape (N,) float64.
+        y: Labels 0 or 1, at least one of each, shape (N,) float64.
         weights: Positive weights, shape (N,) float64.
 
     Returns:
-        The calibration, None if no positive slope has the largest likelihood.
+        The calibration. None if the logits don't rise with the label, or separate the labels without an error.
     """
     negatives, positives = x[y == 0], x[y == 1]
     if positives.min() >= negatives.max() or negatives.min() >= positives.max():
@@ -138,9 +138,9 @@ def fit_temperature(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> TaskCa
 def fit_isotonic(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> TaskCalibration:
     """Fit an increasing, piecewise linear function from logits to calibrated logits.
 
-    Isotonic regression yields steps of rows with the same rate. Each step becomes one point: the logit of its mean
-    prediction, and the logit of its observed rate. Lines connect the points. If predictions are right on average, the
-    function changes nothing.
+    Isotonic regression divides the rows into steps. Each step becomes one point: x is the logit of the mean prediction
+    of its rows, y is the logit of their observed rate. Lines connect the points. If predictions are right on average in
+    each step, the function changes nothing.
 
     A lowest step without positives or a highest step without negatives has no finite logit, so it is merged with its
     neighbor. Beyond the outer points, the slope is 1. The function increases everywhere, so rows keep their order,
@@ -178,14 +178,14 @@ def predict_for_calibration(
     """Predict the logits of rows as in serving, without placement features.
 
     Args:
-        model: Model that predicts.
+        model: Model that predicts T tasks.
         layout: Layout of the model.
-        rows: Encoded rows.
+        rows: N encoded rows.
         batch_size: Rows per batch.
 
     Returns:
-        Logits (N, T), labels (N, T) with NaN if unobserved, weights (N,) if rows have them, and request times (N,)
-            int64.
+        Logits (N, T), labels (N, T) with NaN if unobserved, weights (N,) or None if rows have no weights, and request
+            times (N,) int64 in microseconds.
     """
     model.eval()
     logits, labels, weights, times = [], [], [], []

@@ -1,8 +1,8 @@
 """Compare a model with others on the same rows, and decide which model is better.
 
 docs/explanation/intervals-and-promotion.md explains the rule of `decide`. Holm's method (1979) corrects the p-values of
-the metrics in tables for the number of metrics and models. The p-value of `evaluation.primary_metric` is corrected for
-the number of models alone, because this metric was chosen before anything was measured.
+metrics in a report's main tables for the number of metrics and models. The p-value of `evaluation.primary_metric` is
+corrected for the number of models alone, because this metric was chosen before anything was measured.
 
 A metric averaged over S runs varies with the runs and with the sample of users. The variance of the average is
 therefore (variance between runs) / S + variance over users. The second term comes from a bootstrap of the average, with
@@ -41,7 +41,7 @@ SLICE_RESAMPLES = 200  # enough for standard errors within 5%
 
 
 class Outcome(StrEnum):
-    """Outcome of a comparison in the objective, which is the metric that decides.
+    """Outcome of comparing a model with a reference model in the objective, the metric that decides which is better.
 
     `BLOCKED`: The model is better, but a guardrail failed.
     `UNDECIDED`: There is no objective, or the objective is undefined or has no interval.
@@ -56,12 +56,12 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Guardrail:
-    """Result of one guardrail, a limit that a better model must also keep.
+    """Result of one guardrail, a limit that a model must keep to be accepted as better.
 
     Attributes:
         task: Name of the task, None for the guardrail of slices.
         metric: `slices`, or the metric of the task: `auc`, `r2` or `calibration`.
-        passed: Whether the guardrail passed.
+        passed: Whether the model keeps the limit.
         message: Sentence about the result.
     """
 
@@ -73,10 +73,10 @@ class Guardrail:
 
 @dataclass(frozen=True)
 class ModelDifferences:
-    """Differences between a model and a reference model.
+    """Differences in metrics, model minus reference model.
 
     Attributes:
-        objective: Difference in the metric that decides.
+        objective: Difference in the objective, the metric that decides which model is better.
         groups: Task or `score` -> metric -> difference.
     """
 
@@ -99,10 +99,10 @@ class Comparison:
 
     Attributes:
         model: Name of the model.
-        objective: Metric that decides, None if no task has enough labels.
+        objective: Metric that decides which model is better, None if no task has enough labels.
         differences: Name of the reference model -> differences from that model.
-        eligible_tasks: Tasks with enough labels.
-        excluded_tasks: Task with too few labels -> number of rows with the rarer label.
+        eligible_tasks: Tasks with at least `MIN_RARER_ROWS` rows of the rarer label, or labels of a regression.
+        excluded_tasks: Other task -> number of such rows.
         verdicts: Name of the reference model -> verdict.
     """
 
@@ -129,12 +129,12 @@ def compare(
     Args:
         models: Name -> measured model.
         model: Name of the model to judge.
-        tasks: Tasks that may decide.
+        tasks: Tasks that the objective may average over and that guardrails check.
         rules: Settings of the decision.
-        slices: Slices that a guardrail checks.
+        slices: Comparisons in slices that the guardrail of slices checks.
 
     Raises:
-        UserError: The rows differ, or `rules` names an unknown metric.
+        UserError: The models were measured on different rows, or `rules` names an unknown metric.
     """
     model_sums = models[model].sums
     references = {name: measured.sums for name, measured in models.items() if name != model}
@@ -168,13 +168,13 @@ def find_differences(
     metrics: Collection[str] | None = None,
     name: str = "these settings",
 ) -> Differences:
-    """Compare mean metrics over runs of some settings with those of other settings, without correcting p-values.
+    """Return differences in metrics, these settings minus other settings, without correcting p-values.
 
-    If one side has a single run, intervals only cover the sample of users. Tasks that only one side measures are left
-    out, and so is the score if the two sides weigh tasks differently.
+    A metric of settings is the mean over their runs. If one side has a single run, intervals only cover the sample of
+    users. Tasks that only one side measures are left out, and so is the score if the two sides weigh tasks differently.
 
     Args:
-        sums: Sums for the metrics, one item for each run.
+        sums: Sums for the metrics of these settings, one item for each run.
         others: Pairs of the name of other settings and the sums of their runs. Only one pair is in memory at a time.
         objective: Metric that decides which settings are better, None without a decision.
         resamples: Number of bootstrap resamples.
@@ -211,7 +211,7 @@ def _bootstrap_mean(
     objective: Objective | None = None,
     metrics: Collection[str] | None = None,
 ) -> dict[MetricKey, tuple[np.ndarray, Estimate]]:
-    """Return the values (S,) of each metric in S runs, and the bootstrapped mean over the runs."""
+    """Return the values (S,) of each metric in S runs, and the mean over the runs with bootstrap replicates."""
     runs = [BootstrapMetrics(run_sums, objective, metrics) for run_sums in sums]
 
     def mean_of(counts: np.ndarray) -> Replicates:
@@ -230,13 +230,13 @@ def decide(
     differences: ModelDifferences,
     guardrails: Sequence[Guardrail] = (),
 ) -> Verdict:
-    """Decide between a model and a reference model.
+    """Decide whether a model is better than a reference model.
 
     Args:
         model: Name of the model.
         other: Name of the reference model.
         objective: Metric that decides, None if no task has enough labels.
-        differences: Differences of the model from the reference model.
+        differences: Model minus reference model, with corrected p-values.
         guardrails: Results of the guardrails.
     """
     difference, both = differences.objective, f"'{model}' and '{other}'"
@@ -268,12 +268,13 @@ def decide(
 def check_guardrails(
     differences: ModelDifferences, summaries: Mapping[str, Summary], eligible_tasks: Sequence[str], rules: Evaluation
 ) -> Iterator[Guardrail]:
-    """Check two guardrails for each task: the loss in a metric (`guardrail_metric`), and the calibration ratio.
+    """Check each task's loss in its `guardrail_metric`, and the calibration ratio of binary tasks.
 
-    Calibration fails if the ratio is significantly beyond the limit, and further from 1 than for the reference model.
+    The first check passes if the interval rules out a loss of more than `max_metric_drop`. The second check fails if
+    the ratio is significantly beyond `max_calibration_ratio`, and further from 1 than for the reference model.
 
     Args:
-        differences: Differences between the model and the reference model.
+        differences: Differences in metrics, model minus reference model.
         summaries: Model name -> summary. The first entry is the model, the second is the reference model.
         eligible_tasks: Tasks with enough labels.
         rules: Settings with the limits.
@@ -312,14 +313,14 @@ def check_slice_guardrail(
 ) -> Guardrail | None:
     """Check that no slice loses significantly more than the margin. Return None if no slice can be tested.
 
-    p-values are corrected for the number of slices. All slices together block a model that is as good as the reference
-    model with a probability of at most 2.5%, as a guardrail of a single metric does.
+    p-values are corrected for the number of comparisons. The probability that any slice blocks a model that is as good
+    as the reference model in all slices is therefore at most 2.5%.
 
     Args:
-        slices: Slices of the model.
+        slices: Comparisons of the model in slices.
         other: Name of the reference model.
         tasks: Tasks with enough labels.
-        margin: Largest allowed loss in the guardrail metric.
+        margin: Largest allowed loss in a task's `guardrail_metric`.
     """
     guardrail_metric = {kind.guardrail_metric for kind in KINDS.values()}
     compared = [record for record in slices if record.compared_to == other and record.group in tasks]
@@ -343,7 +344,7 @@ def check_slice_guardrail(
 def _correct_differences(
     base: EvaluationSums, differences: Differences, others: Iterable[str]
 ) -> dict[str, ModelDifferences]:
-    """Correct the p-values of the metrics that tables show, and separately those of the objective."""
+    """Correct p-values by Holm's method, separately for the metrics in main tables and for the objective."""
     kinds = {SCORE: SCORE} | {task.name: task.kind for task in base.tasks}
     shown = {
         (group, metric.name)
@@ -394,10 +395,10 @@ def average_runs(
     """Average metrics over two or more runs that were measured on the same rows.
 
     Args:
-        sums: Sums of the runs.
+        sums: Sums for the metrics, one item for each run.
         resamples: Number of bootstrap resamples.
-        objective: Metric that decides which settings are better. If the runs measured all of the metric's tasks, the
-            result also has this mean, under the key `OBJECTIVE`.
+        objective: Metric that decides which settings are better. The result also has the mean of this metric, under
+            the two keys in `OBJECTIVE`, if the runs measured all of its tasks.
 
     Returns:
         Task or `score` -> metric -> mean.
@@ -422,10 +423,10 @@ class Results:
 
     Attributes:
         models: Name -> measured model. The first model is compared with the others.
-        tasks: Tasks that may decide.
+        tasks: Tasks that `Comparison.objective` may average over and that guardrails check.
         rules: Settings of the decision.
         title: Title of the report.
-        facts: Facts about the rows for the report.
+        facts: Facts about the measured rows for the report, by name.
     """
 
     models: dict[str, MeasuredModel]
@@ -464,7 +465,7 @@ class Results:
         """Comparison of the first model with the others, None for a single model.
 
         Raises:
-            UserError: The rows differ, or they are not sliced by a column in `evaluation.guardrail_slices`.
+            UserError: The models' rows differ, or `evaluation.guardrail_slices` has a name without slices.
         """
         if len(self.models) == 1:
             return None
@@ -477,5 +478,5 @@ class Results:
 
     @cached_property
     def slices(self) -> list[SliceRecord]:
-        """Records of all slices of the first model, each compared with all rows or with another model."""
+        """Metrics of the first model in all slices, each compared with all rows or with another model."""
         return compare_slices(self.models, self.name, min(self.rules.resamples, SLICE_RESAMPLES))

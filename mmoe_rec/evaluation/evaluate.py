@@ -59,10 +59,9 @@ ROWS_AT_A_TIME = 65_536
 
 
 class NotFiniteError(UserError):
-    """Error about a model, called `name`, whose predictions are not finite numbers."""
+    """Predictions of the model `name` are not finite numbers."""
 
     def __init__(self, message: str, name: str) -> None:
-        """Store the message and the name of the model."""
         super().__init__(message)
         self.name = name
 
@@ -78,14 +77,14 @@ def predict_rows(
     """Predict encoded rows as in serving: without placement, in fp32, on the model's device.
 
     Args:
-        model: Model that predicts.
+        model: Model that predicts T tasks.
         layout: Layout of the model.
-        parts: Encoded rows in parts.
+        parts: N encoded rows in parts.
         calibration: Calibration of the model.
         name: Name of the model in errors.
 
     Returns:
-        Predictions (N, T), and log scores (N,) by the model's own weights.
+        Predictions (N, T), and log scores (N,), in which tasks have the model's `score_weight`s.
 
     Raises:
         NotFiniteError: A prediction is not a finite number.
@@ -117,7 +116,7 @@ def score_rows(
     estimate the metrics of the log before sampling.
 
     Args:
-        settings: Settings with the weights of the labels.
+        settings: Settings with the tasks' `score_weight`, which weigh the labels in a row's relevance.
         model: Model that predicts.
         layout: Layout of the model.
         rows: Encoded rows.
@@ -145,10 +144,10 @@ def score_rows(
 def read_labels(
     settings: Settings, prepared: FeatureFolder, split: str, part: ValidationPart | None = None
 ) -> PredictedRows:
-    """Read the labels of a split without inputs and predictions.
+    """Read the labels, IDs and weights of a split's rows. The result has no predictions.
 
     Args:
-        settings: Settings with the weights of the labels.
+        settings: As in `score_rows`.
         prepared: Folder of features.
         split: Name of the split.
         part: Part of the split's users, None for all users.
@@ -163,15 +162,15 @@ def read_labels(
 def collect_labels(
     settings: Settings, layout: ModelLayout, read: Sequence[tuple[np.ndarray, pa.Table]]
 ) -> PredictedRows:
-    """Join parts of rows, without predictions.
+    """Concatenate the labels, IDs and weights of rows. The result has no predictions.
 
-    A task is measured over the rows with a label, and a joint outcome over all rows. A joint outcome has no weight in
-    the score, because the score already multiplies the predictions of tasks.
+    A task with `conditional_on` also has a joint outcome: whether the labels of both tasks are 1. Its weight is 0,
+    because the score already multiplies the predictions of both tasks.
 
     Args:
-        settings: Settings with the weights of the labels.
-        layout: Layout with the tasks.
-        read: Labels (n, T) and further columns of each part.
+        settings: As in `score_rows`.
+        layout: Layout with T tasks.
+        read: Parts of the rows: labels (n, T), and a table with IDs, labels of joint outcomes and weights.
     """
     columns = pa.concat_tables([table for _, table in read])
     label_matrix = np.concatenate([part_labels for part_labels, _ in read])
@@ -188,12 +187,12 @@ def collect_labels(
 
 @contextmanager
 def open_encoded_split(settings: Settings, artifact: Path, ranker: Ranker, split: str = "test") -> Iterator[Path]:
-    """Yield the folder of encoded rows, locked so that no other process replaces them.
+    """Yield a folder of a split's rows, encoded for a model, and lock it so that no other process replaces them.
 
     Existing encoded rows are used if they were encoded with the model's features. Otherwise the rows are encoded again.
 
     Args:
-        settings: Settings of the rows.
+        settings: Settings of the log and its split.
         artifact: Folder of the model's files.
         ranker: The loaded model.
         split: Name of the split.
@@ -242,10 +241,10 @@ def log_evaluation(
     """Log results to the model's run, or to a new run if the run is unknown or trained on another log.
 
     Args:
-        settings: Settings that name the rows.
+        settings: Settings of the log and its split.
         model: The first of the measured models.
         results: Results of the models.
-        out: Folder of the files.
+        out: Folder in which `write_results` wrote the results.
         artifact_path: Folder for the results among the run's artifacts.
         split: Split of the rows.
 
@@ -262,7 +261,7 @@ def log_evaluation(
         if prepared is not None:
             run.log_inputs(describe_datasets(settings, prepared.manifest, split))
         heading = "Evaluation" if split == "test" else f"Evaluation on {split} rows"
-        section = "test" if split == "test" else f"{split}_rows"  # training logs metrics by step to `validation`
+        section = "test" if split == "test" else f"{split}_rows"  # `validation` has the training's metrics by step
         findings = [finding.message for finding in find_suspicious_results(results)]
         sentences = bullet_list([*describe_verdicts(results), *findings])
         row_facts = ("log", "rows", "requests", "caution")
@@ -293,7 +292,7 @@ def evaluate_model(
     Waits while another evaluation writes to the same folder.
 
     Args:
-        settings: Settings that name the rows and weigh the labels.
+        settings: Settings of the log, its split and the tasks.
         address: URI of the model, or its folder.
         out: Folder for the results, which are also logged to MLflow.
         against: URIs of other models to compare with on the same rows.
@@ -305,7 +304,7 @@ def evaluate_model(
 
 
 def evaluation_folder(split: str) -> str:
-    """Return the folder for results on a split, in `data.work_dir` and among a run's files."""
+    """Return the name of the folder for results on a split, in `data.work_dir` and among a run's artifacts."""
     return "evaluation" if split == "test" else f"evaluation_{split}"
 
 
@@ -319,11 +318,11 @@ def evaluate_models(
     """Evaluate models as `evaluate_model` does, and compare the first model with the others.
 
     Args:
-        settings: Settings that name the rows and weigh the labels.
+        settings: Settings of the log, its split and the tasks.
         models: Name -> model.
         out: Folder for the results.
         split: Split of the rows, `test` or `validation`.
-        artifact_path: Folder of the run's files, None for the split's folder.
+        artifact_path: Folder for the results among the run's artifacts, None for `evaluation_folder`.
     """
     rules, artifact_path = settings.evaluation, artifact_path or evaluation_folder(split)
     check_output_folder(out, settings)
@@ -362,7 +361,7 @@ def score_split(settings: Settings, model: ResolvedModel, name: str, split: str 
     """Score the rows of a split with a model.
 
     Args:
-        settings: Settings that name the rows.
+        settings: Settings of the log, its split and the tasks.
         model: Model that predicts.
         name: Name of the model in errors.
         split: Split of the rows.
@@ -395,9 +394,9 @@ def _facts(settings: Settings, split: str) -> dict[str, str]:
 def _write_predictions(rows: PredictedRows, columns: Columns, out: Path) -> None:
     """Write predictions and labels to the file `PREDICTIONS_FILE` in folder `out`.
 
-    The columns are `user`, `request`, `candidate`, `predicted_NAME` and `label_NAME` of each task and outcome, `score`,
-    and `weight` if rows have weights. Unobserved labels are null. Columns that the log lacks are left out. Without
-    candidates, `row` is the row number in the log.
+    The columns are `user`, `request`, `candidate`, `predicted_NAME` and `label_NAME` of each task and joint outcome,
+    `score`, and `weight` if rows have weights. Unobserved labels are null. Columns that the log lacks are left out. If
+    the log has no candidates, `row` is the row number in the log.
     """
     has_request = columns.has_user or columns.request is not None
     written: dict[str, Any] = {
@@ -416,16 +415,16 @@ def _write_predictions(rows: PredictedRows, columns: Columns, out: Path) -> None
 
 
 def describe_training_overlap(settings: Settings, artifact: Path, split: str = "test") -> list[str]:
-    """Describe how the training of a model used the rows that it is measured on.
+    """Describe an overlap of the rows that a model is measured on with the rows of its training.
 
     Args:
         settings: Settings of the measured rows.
         artifact: Folder of the model. Its own settings define the training rows.
-        split: Split of the rows. `test` also counts validation rows as training rows, because they selected the state
-            of the model. `validation` doesn't, for the evaluation rows, whose users did not select it.
+        split: Split of the measured rows. For `test`, the model's validation rows count as training rows, because they
+            selected the model's state. For `validation`, they don't, because the measured users didn't select it.
 
     Returns:
-        Sentences without a subject. Empty if the model has not seen the rows.
+        Phrases that follow the model's name, such as "was trained on ...". Empty if there is no overlap.
     """
     is_test = split == "test"
     trained, measured = load_settings(artifact / "settings.yaml").split, settings.split

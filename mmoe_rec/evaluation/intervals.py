@@ -63,13 +63,13 @@ class Difference:
     """Difference of two models in one metric. Fields are None if the difference is undefined or has no interval.
 
     Attributes:
-        value: Difference.
+        value: Metric of the first model minus metric of the second model.
         low: Lower end of the 95% interval.
         high: Upper end of the 95% interval.
         standard_error: Standard error of the difference.
         degrees_of_freedom: Degrees of freedom of the standard error.
         p_value: Two-sided p-value.
-        corrected_p_value: p-value corrected for all compared differences by Holm's method.
+        corrected_p_value: p-value corrected for the number of comparisons, None before `holm_correct`.
     """
 
     value: float | None
@@ -100,13 +100,13 @@ class Difference:
 
     @property
     def correction_note(self) -> str:
-        """Note for a difference that only the correction makes insignificant, empty for other differences."""
+        """Note for an insignificant difference. Empty if it is insignificant even without the correction."""
         outside = self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
         return ", once corrected for the number of comparisons" if outside else ""
 
 
 def draw_user_counts(users: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Draw users with replacement, in chunks of resamples.
+    """Draw users with replacement, in chunks of R resamples to save memory.
 
     Args:
         users: Number of users.
@@ -114,7 +114,7 @@ def draw_user_counts(users: int, resamples: int, seed: int) -> Iterator[np.ndarr
         seed: Seed of the draws.
 
     Yields:
-        Number of draws of each user, shape (users, R) float64. Each column sums to `users`.
+        How often each resample draws each user, shape (users, R) float64. Each column sums to `users`.
     """
     generator = np.random.default_rng(seed)
     at_a_time = int(np.clip(_ENTRIES_PER_CHUNK // users, 1, 128))
@@ -140,8 +140,8 @@ class Estimate:
 
     Attributes:
         value: Value for all users.
-        replicates: Values in R resamples, shape (R,).
-        effective_users: Effective number of users.
+        replicates: Values in R resamples, shape (R,). NaN if undefined.
+        effective_users: Effective number of users (see `effective_sample_size`).
     """
 
     value: float
@@ -188,8 +188,8 @@ class Estimate:
     def standard_error(self) -> float | None:
         """Standard error of the metric over samples of users, None if it is undefined in too many resamples.
 
-        The standard deviation of a bootstrap over U users is too small by the factor sqrt((U - 1) / U), which is
-        corrected here.
+        The standard deviation of a bootstrap over U users is too small by the factor sqrt((U - 1) / U). The result is
+        corrected for it, with the effective number of users as U.
         """
         defined = self.replicates[np.isfinite(self.replicates)]
         if len(defined) < _MIN_DEFINED_FRACTION * len(self.replicates):
@@ -207,13 +207,13 @@ def bootstrap(
     All numbers of one call use the same resamples. Compute numbers that you want to compare in one call.
 
     Args:
-        compute: Function from counts (U, R), the number of draws of each user, to numbers (R,).
+        compute: Function from counts (U, R), how often each of R resamples draws each user, to numbers (R,) by key.
         users: Number of users U.
         resamples: Number of resamples, at least 1.
         seed: Seed of the draws.
 
     Returns:
-        Estimates with the keys of `compute`.
+        Estimates by the keys that `compute` returns, with U effective users.
     """
     point = compute(np.ones((users, 1)))
     replicates = [compute(counts) for counts in draw_user_counts(users, resamples, seed)]
@@ -226,7 +226,7 @@ def bootstrap(
 def compute_difference(
     mine: Estimate, other: Estimate, extra_variances: Sequence[tuple[float, float]] = ()
 ) -> Difference:
-    """Compute the difference of two models in one metric, with Student's interval.
+    """Compute the difference `mine` - `other` of two models in one metric, with Student's interval.
 
     Args:
         mine: Estimate of the model.
@@ -257,7 +257,7 @@ def compute_difference(
 
 
 def combine_variances(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Combine variances of the parts of a sum, with degrees of freedom by Welch and Satterthwaite.
+    """Combine the variances of independent parts of a sum, with degrees of freedom by Welch and Satterthwaite.
 
     Args:
         parts: Pairs of variance and degrees of freedom.
@@ -274,7 +274,7 @@ def combine_variances(parts: Sequence[tuple[float, float]]) -> tuple[float, floa
 
 
 def rounding_tolerance(*values: float) -> float:
-    """Return the largest difference of these values that counts as rounding."""
+    """Return the largest difference between values of this size that counts as a rounding error."""
     return ROUNDING * max(map(abs, values))
 
 
@@ -284,7 +284,7 @@ Tested = TypeVar(
 
 
 def holm_correct(tested: Sequence[Tested]) -> list[Tested]:
-    """Set `corrected_p_value` of all items with a p-value, by Holm's method (1979)."""
+    """Return copies of the items with `corrected_p_value` set where there is a p-value, by Holm's method (1979)."""
     order = sorted(
         (index for index, item in enumerate(tested) if item.p_value is not None),
         key=lambda index: tested[index].p_value,

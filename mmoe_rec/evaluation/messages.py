@@ -20,7 +20,7 @@ _LEFT_OUT = ("{} of one row", "{} without a relevant row", "{} whose rows are eq
 
 
 def describe_verdicts(results: Results) -> list[str]:
-    """Return a verdict for each reference model, or the metrics if there is a single model."""
+    """Return sentences with the verdicts and the excluded tasks, or with the metrics of a single model."""
     if results.comparison is None:
         return describe_metrics(results.first.summary)
     verdicts = [verdict.message for verdict in results.comparison.verdicts.values()]
@@ -28,7 +28,7 @@ def describe_verdicts(results: Results) -> list[str]:
 
 
 def describe_metrics(summary: Summary) -> list[str]:
-    """Return a sentence for each task and for the score with the main metric."""
+    """Return texts such as `bought: auc 0.7`, with AUC or R2 of each task and NDCG@10 of the score."""
     shown = {name: task.guardrail_metric for name, task in summary.tasks.items()} | {SCORE: "ndcg_at_10"}
     values = {name: (metric, summary.groups[name].get(metric)) for name, metric in shown.items()}
     return [f"{name}: {metric} {at.format()}" for name, (metric, at) in values.items() if at.value is not None]
@@ -43,7 +43,7 @@ def describe_excluded_tasks(compared: Comparison) -> list[str]:
 
 
 def describe_slices(records: Sequence[SliceRecord]) -> Iterator[str]:
-    """Yield sentences about the worst slices."""
+    """Yield sentences about the worst of the significantly worse slices, and one with the number of the others."""
     worse = [record.message for record in sort_worst_first(records) if record.is_worse]
     yield from worse[:MAX_LISTED_SLICES]
     if (more := len(worse) - MAX_LISTED_SLICES) > 0:
@@ -51,7 +51,7 @@ def describe_slices(records: Sequence[SliceRecord]) -> Iterator[str]:
 
 
 def describe_cautions(results: Results) -> Iterator[str]:
-    """Yield notes on the measured rows. A note that holds for several models is yielded once."""
+    """Yield notes on limits of the evaluation. A note that holds for several models is yielded once."""
     summaries = list(results.summaries.values())
     compares_requests = results.comparison is not None and not results.one_row_per_user
     if compares_requests and any(summary.catalog is None for summary in summaries):
@@ -62,7 +62,7 @@ def describe_cautions(results: Results) -> Iterator[str]:
 
 
 def describe_notes(summary: Summary) -> Iterator[str]:
-    """Yield the notes of a summary, then a sentence on the requests that ranking metrics leave out."""
+    """Yield notes on missing metrics and intervals, then a sentence on requests that ranking metrics leave out."""
     if (note := explain_summary(summary)) is not None:
         yield note
     for name in summary.groups:
@@ -76,7 +76,7 @@ def describe_notes(summary: Summary) -> Iterator[str]:
 
 
 def explain_summary(summary: Summary) -> str | None:
-    """Return a note that concerns all metrics, if there is one."""
+    """Return a note if there is a single user, or a single row for each user, which limits all metrics."""
     if summary.users == 1:
         return "There is one user: intervals need at least two."
     if not summary.one_row_per_user:
@@ -88,7 +88,7 @@ def explain_summary(summary: Summary) -> str | None:
 
 
 def explain_group(summary: Summary, name: str) -> str | None:
-    """Explain each metric of a group that is undefined or has no interval.
+    """Explain why metrics of a task or of the score are undefined or have no interval.
 
     Args:
         summary: Summary of the model.
@@ -154,7 +154,7 @@ class Finding:
     Attributes:
         model: Name of the model.
         check: Check that found the result.
-        task: Task, or `score`. None if the finding concerns the rows.
+        task: Task, or `score`. None if the finding concerns the training of the model.
         message: Sentence about the finding.
     """
 
@@ -183,7 +183,7 @@ def find_suspicious_results(results: Results) -> list[Finding]:
 
 
 def _in_score(summary: Summary) -> Iterator[str]:
-    """Yield a sentence if the score ranks worse than chance although the predictions of a task rank better."""
+    """Yield a sentence if the score ranks worse than chance, although predictions of a task rank better than chance."""
     ndcg, random = summary.score.get("ndcg_at_10"), summary.score.get("random_ndcg_at_10").value
     tasks = [name for name, task in summary.tasks.items() if (task.get("gauc_request").low or 0.0) > 0.5]
     if random is not None and ndcg.high is not None and ndcg.high < random and tasks:

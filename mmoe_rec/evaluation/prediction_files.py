@@ -52,13 +52,14 @@ class PredictionColumns:
     A part is the role of a column: user, request, candidate, score, weight, predicted_TASK or label_TASK.
 
     Attributes:
-        tasks: Tasks to measure.
+        tasks: Tasks and joint outcomes to measure.
         names: Part -> name of the column. If several columns together identify a request, their names are joined by
             `COLUMN_SEPARATOR`.
         optional: Parts that files may lack.
-        outcomes: Joint outcomes, which files may lack.
-        log_named: Parts that are named as in the log. Files without these columns use the names in `_OWN`.
-        duplicates: Whether a request may have a candidate twice.
+        outcomes: Names of joint outcomes (a task and its `conditional_on` task are both 1). Files may lack them.
+        log_named: Parts whose columns have the log's names. If files lack such a column, they may have a column with
+            the part's name, as files of this package do.
+        duplicates: `keep` if a request may have a candidate twice, else `error`.
         slices: Slices of the rows.
     """
 
@@ -76,14 +77,14 @@ class PredictionColumns:
         return self.names["request"].split(COLUMN_SEPARATOR)
 
     def by_part(self) -> dict[str, str | None]:
-        """Return the column of each part, None if rows have no such column."""
+        """Return the column of each part, None if files have no such column."""
         return {part: self.names.get(part) for part in _list_parts(self.tasks)}
 
     def with_columns(self, words: Sequence[str], option: str = "--columns") -> "PredictionColumns":
-        """Return a copy with other columns.
+        """Return a copy in which some parts have other columns, which files must then have.
 
         Args:
-            words: Columns such as `user=customer_id`.
+            words: Parts with their columns, such as `user=customer_id`.
             option: Option to name in errors.
 
         Raises:
@@ -101,7 +102,7 @@ class PredictionColumns:
         return replace(self, names={**self.names, **named}, optional=self.optional - named.keys(), log_named=log_named)
 
     def match(self, available: Collection[str]) -> "PredictionColumns":
-        """Return a copy for files that together have the available columns, without optional parts that they lack.
+        """Return a copy without optional parts and joint outcomes that are not among `available`, the files' columns.
 
         If one file has an optional column, all files need it. Otherwise a task would be measured on some rows only.
         """
@@ -132,7 +133,7 @@ def _list_parts(tasks: Sequence[MeasuredTask]) -> list[str]:
 
 
 def columns_from_settings(settings: Settings) -> PredictionColumns:
-    """Return the tasks and outcomes of settings, with the log's columns of users, requests and candidates."""
+    """Return the tasks and joint outcomes of settings, and the log's columns of users, requests and candidates."""
     tasks = [MeasuredTask(name, task.kind, task.score_weight) for name, task in settings.tasks.items()]
     outcomes = [
         joint_task_name(task.conditional_on, name)
@@ -163,7 +164,7 @@ def columns_from_settings(settings: Settings) -> PredictionColumns:
 
 
 def parse_tasks(words: Sequence[str]) -> PredictionColumns:
-    """Parse tasks NAME, NAME:regression, NAME=WEIGHT or NAME:regression=WEIGHT, or raise UserError."""
+    """Parse tasks NAME, NAME:KIND, NAME=WEIGHT or NAME:KIND=WEIGHT, with default column names. May raise UserError."""
     tasks = []
     for word in words:
         name_and_kind, equals, weight = word.partition("=")
@@ -183,7 +184,7 @@ def parse_tasks(words: Sequence[str]) -> PredictionColumns:
 
 
 def _match_columns(columns: PredictionColumns, files: Sequence[FileInfo]) -> PredictionColumns:
-    """Return the columns as `files` spell them. Raise BadFile if a file lacks a column or has one twice."""
+    """Match `columns` with the columns of `files`. Raise BadFile if a file lacks a column or has one twice."""
     names = dict[str, list[str]]()
     for file in files:
         with open_parquet(file.uri) as parquet:
@@ -202,8 +203,8 @@ def _match_columns(columns: PredictionColumns, files: Sequence[FileInfo]) -> Pre
 def _read_predictions(columns: PredictionColumns, files: Sequence[FileInfo]) -> tuple[PredictedRows, RowsBySlice]:
     """Read and check the rows of files.
 
-    Returns the rows, and their slices: specification -> name of the slice -> row numbers (n,). Raises UserError if a
-    value is wrong, a request has several users or a candidate twice, or there is no row.
+    Returns the rows, and their slices: name of the `SliceSpec` -> name of the slice -> row numbers (n,). Raises
+    UserError if a value is wrong, a request has several users or a candidate twice, or there is no row.
     """
     tables = [table for file in files if (table := _read_file(columns, file.uri)) is not None]
     if not tables:
@@ -243,7 +244,7 @@ def load_predictions(columns: PredictionColumns, source: str, option: str) -> Pr
 
 
 def _fuse(tasks: Sequence[MeasuredTask], predictions: Sequence[np.ndarray]) -> np.ndarray:
-    """Return scores (N,) for rows without a score: the single prediction, or the sum of weight x log(prediction)."""
+    """Return scores (N,) for files without scores: a single task's prediction, or sums of weight x log(prediction)."""
     if len(tasks) == 1:
         return predictions[0]
     least = [max(1e-12, task.kind.min_prediction) for task in tasks]
@@ -272,7 +273,7 @@ def _check_requests(columns: PredictionColumns, table: pa.Table) -> None:
 
 
 def _read_file(columns: PredictionColumns, uri: str) -> pa.Table | None:
-    """Read the rows of a file by part, with a column `slice NAME` for each slice. None if there are no rows."""
+    """Read a file's columns, renamed to parts, and columns `slice NAME` to slice by. None if the file has no rows."""
     columns_to_read, names = columns.list_columns(), columns.names
     with open_parquet(uri) as parquet:
         if not parquet.metadata.num_rows:
@@ -304,13 +305,13 @@ def _read_file(columns: PredictionColumns, uri: str) -> pa.Table | None:
 
 @dataclass(frozen=True)
 class _FileRows:
-    """Rows of a file. The methods raise BadFile for a wrong value."""
+    """Rows of a file. The methods check a column and raise BadFile for a wrong value."""
 
     uri: str
     table: pa.Table
 
     def read_ids(self, name: str) -> pa.Array:
-        """Read ids without nulls. Times become microseconds."""
+        """Read a column of IDs. Null is an error. Times become int64 microseconds."""
         values = one_array(self.table[name])
         if pt.is_timestamp(values.type) or pt.is_date(values.type):
             try:
@@ -323,7 +324,7 @@ class _FileRows:
         return values.cast(pa.string()) if pt.is_dictionary(values.type) else values
 
     def read_numbers(self, name: str, check: ValueRule) -> np.ndarray:
-        """Read numbers as (N,) float64. Null becomes NaN."""
+        """Read a column of numbers as (N,) float64. Null becomes NaN, before `check` accepts or refuses the values."""
         values = canonicalize_file_column(self.uri, name, "number", one_array(self.table[name]), None)
         numbers = np.full(len(values), np.nan)
         if not pt.is_null(values.type):
@@ -368,9 +369,9 @@ def evaluate_predictions(
         columns: Tasks and the names of columns.
         source: A folder of Parquet files, one file or a glob.
         out: Folder for the results.
-        rules: Rules of intervals and comparisons.
-        against: Other predictions of the same rows to compare with.
-        compare_to_columns: PART=COLUMN for columns that have other names in `against`.
+        rules: Settings of intervals and comparisons.
+        against: Sources of other predictions of the same rows to compare with.
+        compare_to_columns: PART=COLUMN for columns that have other names in `against` than in `source`.
 
     Raises:
         UserError: A file, a column or a value is wrong.

@@ -1,14 +1,14 @@
 """Decide whether a version of a registered model becomes the champion, and roll back that decision.
 
-The champion is the version that has the alias. After training, the new model is compared with the champion on the
-evaluation rows. These are the rows of the half of the validation users that did not select the new model. `promote`
-compares two versions on the test rows of the settings. Both use the rule of `comparison.decide`. The decision and the
-reason are stored with the version.
+The champion is the version that has the alias `tracking.alias`. After training, the new model is compared with the
+champion on the evaluation rows. These are the rows of the half of the validation users that did not select the new
+model. `promote` compares two versions on the test rows of the settings. Both use the rule of `comparison.decide`. The
+decision and the reason are stored with the version.
 
-A champion that can't be served any more is replaced. Its files are damaged, or written by an incompatible version of
-this package, or its predictions are not finite. A champion that can't be compared on this machine keeps the alias. Its
-tasks or labels differ, its files can't be fetched, or it gives other scores here than on the machine that wrote it. If
-MLflow does not answer, the alias stays.
+A champion that can't be served is replaced: if its files are damaged or written by an incompatible version of this
+package, or if its predictions are not finite. A champion that can't be compared here keeps the alias: if its tasks or
+labels differ, if its files can't be fetched, or if it gives other scores than on the machine that wrote it. If MLflow
+does not answer, the alias does not move.
 """
 
 from dataclasses import dataclass, replace
@@ -50,13 +50,13 @@ _RESAMPLES = 200  # few, because these intervals only check whether calibration 
 
 @dataclass(frozen=True)
 class Decision:
-    """Decision about a version.
+    """Decision whether a version becomes the champion.
 
     Attributes:
-        address: URI in the registry.
-        promoted: Whether the version has the alias.
-        reasons: Sentences on the comparison with the champion, and on the version that has the alias now.
-        results: Results of both versions, if they were measured.
+        address: URI of the version in the registry.
+        promoted: Whether the version is the champion now.
+        reasons: Sentences on the comparison, and on the version that is the champion now.
+        results: Results of both versions if `promote_version` measured them, else None.
     """
 
     address: str
@@ -68,10 +68,10 @@ class Decision:
 def promote_trained(
     run: Run, settings: Settings, prepared: FeatureFolder, model: RankingModel, artifact: Path, description: str = ""
 ) -> Decision:
-    """Register a trained model, and move the alias to it if it is better. Otherwise it gets the alias `challenger`.
+    """Register a trained model, and make it the champion if it is better. Else it gets the alias `challenger`.
 
-    A repeated call for the same run registers the model only once. If somebody else moves the alias during the
-    comparison, the model gets the alias `challenger`.
+    A repeated call for the same run registers the model only once. If somebody else moves the champion's alias during
+    the comparison, the model gets the alias `challenger`.
 
     Args:
         run: Run of the training.
@@ -79,7 +79,7 @@ def promote_trained(
         prepared: Folder of features.
         model: The trained model.
         artifact: Folder of the model's files.
-        description: Text for the version's description, after the verdict.
+        description: Text that follows the verdict in the version's description.
 
     Raises:
         UnreachableError: MLflow does not answer.
@@ -89,7 +89,7 @@ def promote_trained(
     champion = registry.find_champion(name, alias, uri)
     if champion is not None and champion.run_id == run.run_id:  # the process was killed after moving the alias
         return Decision(f"models:/{name}@{alias}", True, (f"'{alias}' is version {champion.number}, this model",))
-    # An earlier call may have been cut off by an outage of MLflow.
+    # An earlier call may have registered the model before an outage of MLflow cut it off.
     tags = {"data.digest": prepared.manifest["digest"], "features.fingerprint": prepared.manifest["fingerprint"]}
     number = registry.find_registered_version(run, name) or registry.register_model(run, artifact, name, tags=tags)
     version = ModelVersion(name, number, run.run_id)
@@ -123,10 +123,10 @@ def compare_with_champion(
         prepared: Folder of features.
         model: The trained model.
         artifact: Folder of the model's files.
-        champion: Version that has the alias, None if there is none.
+        champion: The champion, None if no version has its alias.
 
     Returns:
-        Whether the model is better, and a sentence with the reason.
+        Whether the model should become the champion, and a sentence with the reason.
 
     Raises:
         UnreachableError: MLflow does not answer.
@@ -162,13 +162,12 @@ def compare_with_champion(
 
 
 def _judge_trouble(trouble: Exception, champion: ModelVersion, alias: str, is_loaded: bool = False) -> tuple[bool, str]:
-    """Decide whether to replace a champion that can't be loaded or compared.
+    """Return whether to replace a champion because of an error, and the reason.
 
-    Returns:
-        Whether to replace it, and the reason.
+    `is_loaded`: The error occurred after the champion was loaded.
     """
     version, problem = f"version {champion.number} (alias '{alias}')", _one_line(trouble)
-    # These errors occur on every machine. Other errors, such as lack of memory, may occur here alone.
+    # UserError and predictions that are not finite occur on every machine. Lack of memory may occur here alone.
     is_broken = isinstance(trouble, UserError) or "not finite numbers" in problem
     if is_broken and not is_loaded and not isinstance(trouble, PredictionMismatchError):
         return True, f"{version} can't be served any more: {problem}"
@@ -188,8 +187,8 @@ def _score_by_champion(
 ) -> PredictedRows:
     """Score the evaluation rows with the champion, or raise UserError if the champion has other tasks.
 
-    The rows that were encoded for the new model are used if both models have the same features, or if the new features
-    extend the champion's features. Otherwise the rows are encoded again with the champion's features.
+    The rows in `prepared`, which were encoded for the new model, are used if both models have the same features, or if
+    the new features extend the champion's features. Otherwise the rows are encoded again with the champion's features.
     """
 
     def score(model: RankingModel, layout: ModelLayout, folder: Path) -> PredictedRows:
@@ -207,7 +206,7 @@ def _score_by_champion(
 
 
 def _open_judging_rows(folder: Path, layout: ModelLayout) -> EncodedDataset:
-    """Open the evaluation rows, or raise UserError if there are too few users to divide the validation users."""
+    """Open the evaluation rows, or raise UserError if too few validation users have labels to divide the users."""
     rows = EncodedDataset(folder, layout, part=ValidationPart.EVALUATION)
     if not rows.uses_part:
         raise UserError(
@@ -218,10 +217,10 @@ def _open_judging_rows(folder: Path, layout: ModelLayout) -> EncodedDataset:
 
 
 def _grow(prepared: FeatureFolder, ranker: Ranker, folder: Path) -> tuple[RankingModel, ModelLayout] | None:
-    """Fit the champion to features that extend its own, without changing its outputs.
+    """Return the champion and its layout with larger tables, for features that only add IDs to the champion's features.
 
-    Returns:
-        The model and its layout. None if the features don't extend the champion's features.
+    New IDs get copies of the embeddings that they had as unknown IDs, so no output changes. Return None if the features
+    differ by more than new IDs.
     """
     structure = Model.model_validate(ranker.info.model)
     rows = {table.name: table.rows for table in prepared.layout.tables}
@@ -238,15 +237,15 @@ def _grow(prepared: FeatureFolder, ranker: Ranker, folder: Path) -> tuple[Rankin
 
 
 def promote_version(settings: Settings, challenger: str, out: Path) -> Decision:
-    """Compare a version with the champion on the test rows, move the alias if it is better, and write the report.
+    """Compare a version with the champion on the test rows, write a report, and promote it if it is better.
 
     Args:
-        settings: Settings of the rows.
-        challenger: Number of a version, or an alias.
+        settings: Settings of the model's name, the log and its split.
+        challenger: Number or alias of the version.
         out: Folder for the report.
 
     Raises:
-        UserError: There is no such version, or the two can't be compared.
+        UserError: There is no such version, or it can't be compared with the champion.
     """
     name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.resolved_uri
     version, champion = _find_version(name, challenger, uri), registry.find_champion(name, alias, uri)
@@ -266,7 +265,7 @@ def promote_version(settings: Settings, challenger: str, out: Path) -> Decision:
 def _judge_versions(
     settings: Settings, version: ModelVersion, champion: ModelVersion | None, out: Path
 ) -> tuple[bool, list[str], Results | None]:
-    """Return whether a version is better than the champion, the reasons, and the results."""
+    """Return whether a version should replace the champion, the reasons, and the results if both were measured."""
     alias, uri = settings.tracking.alias, settings.tracking.resolved_uri
     folder = registry.fetch_model(version.uri, uri)
     challenger_model = _load(folder)
@@ -295,8 +294,8 @@ def _judge_versions(
 def _find_objections(results: Results, name: str, champion_name: str) -> list[str]:
     """Return the reasons not to promote a version.
 
-    They are training on the measured rows, a verdict that is not `better`, and suspicious metrics of the version that
-    the champion doesn't have.
+    The reasons are training of either version on the measured rows, a verdict that is not `better`, and suspicious
+    metrics of the version if the champion doesn't have the same finding.
     """
     assert results.comparison is not None
     (better, sentence), findings = _read_verdict(results), find_suspicious_results(results)
@@ -316,10 +315,10 @@ def _find_objections(results: Results, name: str, champion_name: str) -> list[st
 
 
 def roll_back(settings: Settings) -> Decision:
-    """Move the alias back to the previous champion.
+    """Move the champion's alias back to the previous champion.
 
     Raises:
-        UserError: The previous champion is unknown or can't be served, or the alias moves during the call.
+        UserError: There is no champion, the previous one is unknown or can't be served, or somebody moves the alias.
     """
     name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.resolved_uri
     champion = registry.find_champion(name, alias, uri)
@@ -362,7 +361,7 @@ def _find_version(name: str, word: str, uri: str) -> ModelVersion:
 
 
 def _load(folder: Path) -> Ranker | Exception:
-    """Load a model with checks of files, format and example. Returns the error if it can't be served here."""
+    """Load a model, and check its files, their format and its scores for an example. Return the error if one fails."""
     try:
         return Ranker.load(folder)
     except (UserError, RuntimeError) as error:  # RuntimeError: wrong scores for the example, or too little memory

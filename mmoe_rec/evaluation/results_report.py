@@ -140,8 +140,8 @@ def _mark(results: Results, has_problem: bool) -> Any:
 def metrics_table(summaries: Mapping[str, Summary]) -> Table:
     """Build the table of metrics, with a row for each metric and a column for each model.
 
-    Ranking metrics of tasks are in the rows to unfold, except GAUC, which is in the main rows. A value is followed by
-    half the width of its interval. The best value of a row is bold.
+    Metrics for which `Metric.is_shown` is false are in the table's `folded` rows, such as the NDCG of tasks. A value is
+    followed by half the width of its interval. The best value of a row is bold.
     """
     main, more, models = list[Row](), list[Row](), list(summaries.values())
     for group in (*{name: None for summary in models for name in summary.tasks}, SCORE):
@@ -166,7 +166,7 @@ def _heading(group: str, counts: Mapping[str, int]) -> str:
 
 
 def _extend(rows: list[Row], heading: str, metrics: Iterable[tuple[BaseMetric, Sequence[Interval]]]) -> None:
-    """Append the rows of metrics below a heading, if there are any."""
+    """Append a heading and a row for each metric to `rows`. Append nothing if there are no metrics."""
     metric_rows: list[Row] = [(metric.label, *_cells(metric, values)) for metric, values in metrics]
     rows += [(heading,), *metric_rows] if metric_rows else []
 
@@ -184,14 +184,14 @@ def _cells(metric: BaseMetric, intervals: Sequence[Interval]) -> Iterator[Cell]:
 
 
 def differences_table(compared: Comparison, summary: Summary) -> Table:
-    """Build the table of differences, with a row for each main metric and a column for each reference model.
+    """Build the table of differences, with a row for each metric in main tables and a column for each reference model.
 
     A significant difference is green if the model is better, and red if it is worse. For a metric that should be 1, the
-    cell says whether the model is closer to 1.
+    cell also says whether the model is closer to 1 or further.
 
     Args:
         compared: The comparison.
-        summary: Metrics of the model.
+        summary: Metrics of the compared model.
     """
     rows, others = list[Row](), [difference.groups for difference in compared.differences.values()]
     for group in dict.fromkeys(name for groups in others for name in groups):
@@ -258,7 +258,7 @@ def _noted(note: str | None) -> dict[str, str]:
 
 
 def comparison_to_dict(compared: Comparison) -> dict[str, Any]:
-    """Return differences and verdicts in the format of `metrics.json`."""
+    """Return differences and verdicts in the format of `comparison` in `metrics.json`."""
     objective, differences = compared.objective, dict[str, Any]()
     for other, verdict in compared.verdicts.items():
         differences[other] = asdict(compared.differences[other]) | {"verdict": asdict(verdict)}
@@ -301,10 +301,10 @@ def calibration_figure(summary: Summary, task: str) -> Drawing:
 
 
 def gate_weights_figure(mean_gate_weights: Mapping[str, np.ndarray]) -> Drawing:
-    """Plot the mean gate weights of tasks and experts as a heat map with numbers.
+    """Plot the mean gate weight of each task for each expert as a heat map with numbers.
 
     Args:
-        mean_gate_weights: Task -> mean gate weights of experts, shape (E,), in [0, 1]. NaN marks an expert that the
+        mean_gate_weights: Task -> mean gate weights of E experts, shape (E,), in [0, 1]. NaN marks an expert that the
             task's gate does not see, and leaves the cell empty.
     """
     weights = np.array(list(mean_gate_weights.values()), dtype=np.float64)
@@ -327,13 +327,13 @@ def gate_weights_figure(mean_gate_weights: Mapping[str, np.ndarray]) -> Drawing:
 
 
 def log_gate_weights(run: Run, layout: Layout, experts: Any, name: str) -> None:
-    """Log the figure of mean gate weights to a run. Ranks other than the first log nothing.
+    """Log the figure of mean gate weights to a run. Ranks other than 0 log nothing.
 
     Args:
         run: Run of the training.
-        layout: Layout with the tasks.
-        experts: Object whose attribute `weights` is a tensor (T, E) of mean gate weights of T tasks and E experts.
-        name: Name of the figure.
+        layout: Layout with T tasks.
+        experts: Object whose attribute `weights` is a tensor (T, E), the mean gate weight of each task for E experts.
+        name: Name of the figure among the run's artifacts.
     """
     if run.run_id is not None:
         weights = {task.name: experts.weights[index].numpy() for index, task in enumerate(layout.tasks)}

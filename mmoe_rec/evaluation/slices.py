@@ -64,12 +64,12 @@ _BUCKET = re.compile(r"bucket\(\s*(.+?)\s*,\s*(\d+)\s*\)")
 
 @dataclass(frozen=True)
 class SliceSpec:
-    """Specification of slices.
+    """Specification of how a column slices rows: by its values, or by buckets of about equally many rows.
 
     Attributes:
-        name: Text of the specification.
-        column: Column of the rows.
-        buckets: Number of buckets, None for the column's values.
+        name: Text of the specification, such as `bucket(price, 10)`.
+        column: Name of the column.
+        buckets: Number of buckets, None for slices by value.
     """
 
     name: str
@@ -85,7 +85,7 @@ class SliceSpec:
             option: Option to name in errors.
 
         Raises:
-            UserError: The number of buckets is invalid.
+            UserError: The text begins with `bucket(` and is malformed, or N is not between 2 and 100.
         """
         match = _BUCKET.fullmatch(word.strip())
         if match is None:
@@ -97,10 +97,10 @@ class SliceSpec:
         return SliceSpec(word, match[1], int(match[2]))
 
     def read(self, values: pa.Array) -> pa.Array:
-        """Return values as strings, or numbers as float64. Missing values are null.
+        """Convert a column's values for `find_slices`: to strings, or to float64 for buckets. NaN becomes null.
 
         Raises:
-            ValueError: The values can't be sliced. The message describes the column.
+            ValueError: Rows can't be sliced by the values. The message continues a sentence about the column.
         """
         values = values.dictionary_decode() if pt.is_dictionary(values.type) else values
         if pt.is_null(values.type):
@@ -119,7 +119,7 @@ class SliceSpec:
         """Slice rows by values that `read` returned. A bucket (1, 2] has values above 1 and at most 2.
 
         Returns:
-            Name of the slice -> numbers of its rows, for slices that have rows.
+            Name of the slice -> positions of its rows in `values`, for slices that have rows.
 
         Raises:
             UserError: The column has more than `MAX_COLUMN_VALUES` values.
@@ -169,11 +169,11 @@ class RowSlicer:
         """Open the log.
 
         Args:
-            settings: Settings of the rows.
-            artifact: Folder of the model whose key types match the rows.
+            settings: Settings of the log and the slices.
+            artifact: Folder of the first model, whose schema and types of IDs apply to the log.
 
         Raises:
-            UserError: The log has no such column, or it can't be sliced.
+            UserError: The log lacks a column to slice by, or the column has an unsuitable type.
         """
         self._by = [SliceSpec.parse(word, OPTION) for word in dict.fromkeys(settings.evaluation.slices)]
         self._log = _open_log(settings, artifact, self._by) if self._by else None
@@ -190,10 +190,11 @@ class RowSlicer:
         """Find the slices of rows.
 
         Returns:
-            Column that slices rows -> name of the slice -> numbers (n,) of the rows.
+            Name of the slicing (a `SliceSpec`, `user`, `candidate` or `training rows of the user`) -> name of the slice
+                -> positions (n,) in `rows`.
 
         Raises:
-            UserError: The log has changed, a column has too many values, or the models have different rows.
+            UserError: The log has changed, a column has too many values, or an earlier call had other rows.
         """
         slices = slice_by_training_counts(rows, self._training)
         if self._log is None:
@@ -233,9 +234,9 @@ def _open_log(settings: Settings, artifact: Path, slices: Sequence[SliceSpec]) -
 
 
 def _read_slices(log: Log, slices: Sequence[SliceSpec], wanted: np.ndarray, skips: bool) -> RowsBySlice:
-    """Read the slices of rows from the log. `wanted` are the sorted keys (N,) uint64 of the measured rows.
+    """Read the slices of rows from the log, as positions in `wanted`: the sorted keys (N,) uint64 of the measured rows.
 
-    Slices hold positions in `wanted`.
+    `skips`: Whether to leave out files that can't be read.
     """
     names, split, columns = log.schema.columns, log.schema.split, dict.fromkeys(spec.column for spec in slices)
     needed = {names.user, names.candidate, names.request, names.time, None if split is None else split.column, *columns}
@@ -271,11 +272,11 @@ def _values_of(by: SliceSpec, values: pa.Array) -> pa.Array:
 def slice_by_training_counts(
     rows: PredictedRows, training: Mapping[str, pd.Series]
 ) -> dict[str, Mapping[str, np.ndarray]]:
-    """Slice rows by the number of training rows of their users and candidates.
+    """Slice rows into new and returning users and candidates, and by the user's number of training rows.
 
     Args:
         rows: The rows.
-        training: `user` or `candidate` -> training rows of each id.
+        training: `user` or `candidate` -> number of training rows by ID. New IDs have none.
     """
     slices: dict[str, Mapping[str, np.ndarray]] = {}
     for name, counts in training.items():
@@ -291,7 +292,7 @@ def slice_by_training_counts(
 
 
 def _count_by(folder: Path, name: str) -> pd.Series:
-    """Count the encoded rows with each value of a column."""
+    """Count the encoded rows in `folder` by value of the column `name`."""
     counts = [pq.read_table(file, columns=[name])[name].to_pandas().value_counts() for file in folder.glob("*.parquet")]
     return pd.concat(counts).groupby(level=0).sum()
 
@@ -300,10 +301,10 @@ def _count_by(folder: Path, name: str) -> pd.Series:
 class SliceRecord:
     """Metric of a model in a slice, compared with all rows or with another model in the slice.
 
-    Fields are None if there are too few labels to judge.
+    `value` and the numbers about the difference are None if they are undefined or there are too few labels.
 
     Attributes:
-        by: Column that slices the rows.
+        by: Name of the slicing, such as a column (see `RowSlicer.find`).
         slice: Name of the slice.
         group: Task, or `score`.
         metric: Name of the metric.
@@ -312,13 +313,13 @@ class SliceRecord:
         requests: Number of requests that NDCG uses, None for other metrics.
         value: Value of the metric in the slice.
         compared_to: `ALL_ROWS`, or the name of the other model.
-        difference: Difference from the compared value.
+        difference: `value` minus the metric on all rows, or of the other model in the slice.
         low: Lower end of the difference's 95% interval.
         high: Upper end of the difference's 95% interval.
         standard_error: Standard error of the difference.
         degrees_of_freedom: Degrees of freedom of the standard error.
         p_value: p-value of the difference.
-        corrected_p_value: p-value corrected for all compared slices.
+        corrected_p_value: p-value corrected for the number of comparisons, None before `holm_correct`.
     """
 
     by: str
@@ -340,7 +341,7 @@ class SliceRecord:
 
     @property
     def is_worse(self) -> bool:
-        """Whether the metric is significantly lower, or the probabilities are significantly further off."""
+        """Whether the metric is significantly lower, or significantly further from 1 if it is `calibration`."""
         if self.value is None or self.difference is None or not self.is_significant:
             return False
         if self.metric != "calibration":
@@ -353,7 +354,7 @@ class SliceRecord:
         return self.corrected_p_value is not None and self.corrected_p_value < ALPHA
 
     def loss_p_value(self, margin: float) -> float:
-        """Return the two-sided p-value of a loss of more than the margin, 1 if it can't be tested."""
+        """Return twice the one-sided p-value of a loss of more than `margin`. 1 if there is no standard error."""
         if self.difference is None or self.degrees_of_freedom is None or not self.standard_error:
             return 1.0
         return float(2 * student.cdf((self.difference + margin) / self.standard_error, self.degrees_of_freedom))
@@ -376,11 +377,11 @@ def compare_slices(models: Mapping[str, MeasuredModel], model: str, resamples: i
         resamples: Number of bootstrap resamples.
 
     Returns:
-        Records for each slice, task or `score`, metric and comparison, with corrected p-values.
+        A record for each slice, metric of a task or of the score, and comparison, with corrected p-values.
     """
     slices, whole, requests = models[model].slices, models[model].sums, Counter[str]()
     measured, records = BootstrapMetrics(whole, names=SLICE_METRICS), list[SliceRecord]()
-    # Slices are measured on the same resamples, because `bootstrap` has the same seed and number of users.
+    # Slices use the same resamples as all rows, because `bootstrap` gets the same seed and number of users.
     all_rows = measured.bootstrap(resamples) if slices else {}
     for (by, _), sums in slices.items():
         requests[by] += sums.total("requests")
@@ -394,8 +395,8 @@ def sort_worst_first(records: Sequence[SliceRecord]) -> list[SliceRecord]:
     """Sort records with the significantly worse slices first.
 
     Among worse slices, AUC, R2 and NDCG come first. Comparisons with other models precede comparisons with all rows,
-    and larger losses precede smaller losses. Calibration follows, sorted by the distance from 1. Slices that are not
-    worse come last. Their calibration is left out.
+    and larger losses precede smaller losses. Calibration follows, furthest from 1 first. Slices that are not worse come
+    last, in the same order and without calibration. Records without a value are left out.
     """
 
     def sort_key(record: SliceRecord) -> tuple[bool, bool, bool, float]:
@@ -415,10 +416,10 @@ def _compare_slice(
     resamples: int,
     is_cut: bool,
 ) -> Iterator[SliceRecord]:
-    """Yield records of a slice.
+    """Yield records of the slice `key`, a key of `MeasuredModel.slices`.
 
-    If `is_cut`, slices divide the rows of a request, so lists are shorter than in all rows. NDCG depends on the length
-    of lists, so it is not compared with all rows then.
+    If `is_cut`, the rows of a request are in several slices, so requests have fewer rows in the slice. NDCG depends on
+    the number of rows, so it is not compared with all rows then.
     """
     slice_sums, units = models[model].slices[key], models[model].sums.tables["ranking"]["user"].combine_chunks()
     others = {name: model.slices[key] for name, model in models.items() if key in model.slices}
@@ -436,7 +437,7 @@ def _compare_slice(
 
     resampled = {(ALL_ROWS, *metric): total for metric, total in all_rows.items()}
     for (side, *metric), estimated in bootstrap(values_of, len(units), resamples).items():
-        if metric[0] not in measured[model].groups:  # only the other model predicts this outcome
+        if metric[0] not in measured[model].groups:  # only another model predicts this outcome
             continue
         effective_users = measured[model].effective_users((metric[0], metric[1]))
         resampled[side, *metric] = replace(estimated, effective_users=effective_users)

@@ -36,7 +36,7 @@ class Objective:
 
     Attributes:
         metric: Name of the metric.
-        groups: `score`, or the tasks.
+        groups: Names of the tasks, or `score` alone.
         better: Whether `higher` or `lower` values are better.
     """
 
@@ -46,21 +46,21 @@ class Objective:
 
     @staticmethod
     def from_setting(primary_metric: str, sums: EvaluationSums, tasks: Collection[str]) -> "Objective | None":
-        """Return the objective of a setting.
+        """Return the objective for the setting `evaluation.primary_metric`.
 
-        A metric of tasks is averaged over those `tasks` that have the metric and enough labels. If there are none, R2
-        of the regressions decides.
+        A metric of tasks is averaged over all `tasks` that have the metric and enough labels. If no task has them, the
+        objective is the mean R2 of the regressions with enough labels.
 
         Args:
             primary_metric: Metric of tasks, such as `auc`, or of the score, such as `score.ndcg_at_10`.
             sums: Sums of the model.
-            tasks: Tasks that may decide.
+            tasks: Names of the tasks to average over.
 
         Returns:
             The objective, None if no task has enough labels.
 
         Raises:
-            UserError: `primary_metric` is no such metric.
+            UserError: `primary_metric` is not a metric that can compare models.
         """
         metric = find_objective_metric(primary_metric)
         if primary_metric.startswith(f"{SCORE}."):
@@ -74,7 +74,7 @@ class Objective:
 
     @property
     def name(self) -> str:
-        """Metric that decides, in words."""
+        """Text such as `mean auc of clicked, bought` or `ndcg_at_10 of the score`."""
         if self.groups == (SCORE,):
             return f"{self.metric} of the score"
         return f"{'mean ' if len(self.groups) > 1 else ''}{self.metric} of {', '.join(self.groups)}"
@@ -110,7 +110,7 @@ class BootstrapMetrics:
         Args:
             sums: Sums of the model.
             objective: Metric that decides which model is better, None without a decision.
-            names: Metrics to compute besides the objective's, without ranking metrics of tasks. None for all.
+            names: Names of metrics to compute besides the objective, if main tables show them. None for all metrics.
         """
         self.num_units, self.objective = len(sums.tables["ranking"]), objective
         self.groups: dict[str, UserSums] = {}
@@ -128,7 +128,7 @@ class BootstrapMetrics:
         """Compute all metrics in R resamples. The objective is left out if one of its tasks is not measured.
 
         Args:
-            counts: Number of times that resamples draw each user, shape (U, R) float64.
+            counts: How often each resample draws each of U users or groups, shape (U, R) float64.
         """
         values = {
             (name, key): value for name, group in self.groups.items() for key, value in group.compute(counts).items()
@@ -156,7 +156,7 @@ class BootstrapMetrics:
 
         Args:
             resamples: Number of resamples.
-            compute: Function that computes the numbers by metric, None for the metrics themselves.
+            compute: Function like `self.compute` that returns other numbers by metric, None for `self.compute`.
         """
         estimates = bootstrap(compute or self.compute, self.num_units, resamples)
         return {key: replace(value, effective_users=self.effective_users(key)) for key, value in estimates.items()}
@@ -168,10 +168,10 @@ class GroupSummary:
 
     Attributes:
         kind: Kind of the task, or `score`.
-        counts: `rows` of a task, with `positives` and `requests` if it is binary. The score has
-            `UNINFORMATIVE_REQUESTS`.
-        metrics: Metrics with intervals.
-        details: Metrics without intervals, and further results.
+        counts: Number of `rows` of a task, and of `positives` and `requests` if it is binary. For the score, numbers of
+            requests by the names in `UNINFORMATIVE_REQUESTS`.
+        metrics: Name -> metric with interval.
+        details: Name -> metric without interval, or another result, such as `calibration_bins`.
         effective_users: Effective number of users, if it is too small for reliable intervals. Else None.
     """
 
@@ -187,7 +187,7 @@ class GroupSummary:
         return KINDS[self.kind].guardrail_metric
 
     def get(self, metric: str) -> Interval:
-        """Return a metric, undefined if it was not measured."""
+        """Return a metric with its interval, `UNDEFINED` if it was not measured."""
         value = self.details.get(metric)
         return self.metrics.get(metric) or (Interval(value) if isinstance(value, (int, float)) else UNDEFINED)
 
@@ -203,7 +203,7 @@ class Summary:
         resamples: Number of bootstrap resamples.
         tasks: Task -> metrics.
         score: Metrics of the score.
-        catalog: Number of `candidates` and metrics of all requests together, None if the rows have no candidates.
+        catalog: Number of `candidates`, and `CATALOG_METRICS` by name. None if the rows have no candidates.
         facts: Further entries of `metrics.json`.
     """
 
@@ -235,10 +235,10 @@ class MeasuredModel:
         sums: Sums of the users.
         summary: Metrics.
         address: URI of the model, or path of its predictions.
-        training_overlap: Sentences about training on the measured rows.
-        undertraining: Sentence about training that ended too early, if it did.
-        slices: (column that slices rows, name of the slice) -> sums of the slice. Their units (users or groups of
-            users) are the units of `sums`.
+        training_overlap: Phrases that follow the model's name, if it was trained on measured rows.
+        undertraining: Phrase that follows the model's name if training ended too early, else None.
+        slices: (name of the slicing, such as a column; name of the slice) -> sums of the slice. They are by the same
+            units as `sums`: users, or groups of users.
     """
 
     sums: EvaluationSums
@@ -263,9 +263,9 @@ def measure_model(
     """Compute all metrics of rows with intervals, and the sums of each slice.
 
     Args:
-        rows: Rows as the model predicts them.
+        rows: Rows with the model's predictions.
         resamples: Number of bootstrap resamples of users.
-        slices: Parts of the rows to measure too.
+        slices: Row numbers of the slices.
         facts: Further entries of `metrics.json`.
         about: Values of other attributes of the `MeasuredModel`, such as `address`.
 
@@ -333,7 +333,7 @@ def collect_metrics(summaries: Sequence[Summary], group: str) -> dict[Metric[Any
         group: Task, or `score`.
 
     Returns:
-        Metric -> value for each model.
+        Metric -> value and interval for each model, `UNDEFINED` for a model that lacks the metric.
     """
     groups = [summary.groups.get(group) for summary in summaries]
     alone = all(summary.one_row_per_user for summary in summaries)

@@ -32,17 +32,17 @@ from mmoe_rec.task_kinds.task_kind import TaskKind, ValueRule
 MAX_BOOTSTRAP_UNITS = 4_096
 """Maximum number of users or groups to resample, a power of two."""
 SCORE_RULE: ValueRule = ("a number", lambda values: ~np.isnan(values))
-# Products of sums overflow with larger weights, and underflow with smaller weights.
+# If rows have larger weights, products of sums overflow. If rows have smaller weights, they underflow.
 _LEAST, _LARGEST = np.float64(1e-50), np.float64(1e50)
 WEIGHT_RULE: ValueRule = ("a positive number, 1e-50 to 1e50", lambda values: (values > _LEAST) & (values < _LARGEST))
 
 
 @dataclass(frozen=True)
 class MeasuredTask:
-    """The properties of a task that its metrics depend on.
+    """The properties of a task that metrics of the task and of the score depend on.
 
     Attributes:
-        name: Letters, digits, `_` and `-`, because the name becomes part of metric and file names.
+        name: Name of letters, digits, `_` and `-`, because it becomes part of metric and file names.
         kind: Kind of the task. The constructor also accepts the name of a kind.
         weight: Weight of the prediction in the score, and of the label in a row's relevance, see `PredictedRows.sum`.
     """
@@ -68,13 +68,13 @@ class EvaluationSums:
 
     Attributes:
         tasks: The measured tasks.
-        tables: Tables by name, see below, sorted by key. The column `user` holds the unit (int64 or string). Counts and
-            digests are int64, other sums are float64.
+        tables: Tables by name, see below. The column `user` holds the unit (int64 or string). Counts and digests are
+            int64, other sums are float64. Rows are sorted by `user`, then `bin`, or by `value` or `candidate`.
 
     The table `ranking` has one row for each unit:
 
     - `rows`, `requests`, `users`: Counts.
-    - `digest`: Sum of hashes, which differs if requests, candidates or weights differ.
+    - `digest`: Sum of the rows' hashes. It differs if requests, candidates or weights differ.
     - `requests_of_one_row`, `requests_without_relevant_row`, `requests_of_equal_relevance`: Numbers of requests for
       which all orders are equally good. A request counts in the first column that applies.
     - `ranked_requests`: Number of all other requests.
@@ -84,16 +84,16 @@ class EvaluationSums:
     The table `TASK.users` has one row for each unit with an observed label of the task:
 
     - `rows`, `positives`: Numbers of rows with an observed label, and of positive labels of a binary task.
-    - `digest`: Sum of hashes, which also differs if labels differ.
-    - `weight`, `label`, `prediction`: Weighted sums.
-    - The columns of `ranking` that concern requests, for requests ranked by the task's prediction.
+    - `digest`: Sum of the rows' hashes. It also differs if labels differ.
+    - `weight`, `label`, `prediction`: Sums of weight, weight x label and weight x prediction.
+    - Counts of requests and sums of ranking metrics as in `ranking`, for requests ranked by the task's prediction.
     - Further sums that metrics of the task define in `Metric.measure`.
 
     Binary tasks have two more tables:
 
-    - `TASK.bins`: For each unit and `bin` of rising prediction, the counts `rows` and `positives`, and the weighted
-      sums `label`, `negative` (rows with label 0) and `prediction`.
-    - `TASK.counts`: Weights of `positive` and `negative` rows for each predicted `value`.
+    - `TASK.bins`: For each unit and `bin` (number of a bin of rising prediction), the counts `rows` and `positives`,
+      and the sums `label`, `prediction` (as above) and `negative` (weights of rows with label 0).
+    - `TASK.counts`: Sums of the weights of `positive` and of `negative` rows for each predicted `value`.
 
     If the rows have candidate IDs, the table `catalog` has the number of `rows` of each `candidate`, and the columns of
     `exposure_by_row`.
@@ -131,7 +131,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class PredictedRows:
-    """N rows of any order, with the predictions of a model or of another system.
+    """N rows in any order, with the predictions of a model or of another system.
 
     Attributes:
         tasks: Predicted tasks. Their weights define the relevance of a row, see `sum`.
@@ -157,14 +157,14 @@ class PredictedRows:
     row: pa.Array | None = None
 
     def sum(self, grouped: bool | None = None) -> EvaluationSums:
-        """Sum the inputs of all metrics by unit. A unit is a user or a group of users.
+        """Return the sums that all metrics need, by unit. A unit is a user or a group of users.
 
         The relevance of a row for NDCG and MRR is max(0, sum over tasks of task weight x label). Unobserved labels and
         negative labels of a regression count as 0. If a request has one row, or rows of equal relevance, all orders are
         equally good. NDCG and MRR leave such requests out. The result has their number by reason.
 
         Args:
-            grouped: Whether units are groups of users, None for groups from `MAX_BOOTSTRAP_UNITS` + 1 users on.
+            grouped: Whether units are groups of users. None uses groups for more than `MAX_BOOTSTRAP_UNITS` users.
 
         Raises:
             UserError: There is no row.
@@ -202,7 +202,7 @@ class PredictedRows:
         return replace(self, tasks=tasks, predictions=predictions, labels=labels, score=score)
 
     def take(self, rows: np.ndarray) -> "PredictedRows":
-        """Select rows by their numbers."""
+        """Return the rows with the indices `rows` (n,), in this order."""
         return replace(
             self,
             users=self.users.take(rows),
@@ -253,7 +253,7 @@ def describe_row_mismatch(sums: EvaluationSums, base: EvaluationSums) -> str | N
 
 
 def _assign_units(users: pa.Array, grouped: bool | None) -> tuple[np.ndarray, pa.Array]:
-    """Return the index of each user's unit, and the units. `grouped` is as in `PredictedRows.sum`."""
+    """Return the index of each user's unit, and the units' IDs. `grouped` is as in `PredictedRows.sum`."""
     if not (len(users) > MAX_BOOTSTRAP_UNITS if grouped is None else grouped):
         return np.arange(len(users)), users
     group_bits = (MAX_BOOTSTRAP_UNITS - 1).bit_length()
@@ -305,7 +305,7 @@ def _task_tables(task: MeasuredTask, rows: _Rows, predictions: np.ndarray, label
 
 
 def _sums_of_lists(kind: str, lists: RankedRequests, taken: Iterable[str]) -> dict[str, np.ndarray]:
-    """Return the columns of a table that concern its Q requests: name -> value of each request, (Q,).
+    """Return the counts of requests and contributions to ranking metrics: column -> value of each request, (Q,).
 
     `kind` is the kind of a task, or `score`. Metrics may not use the names of the table's other columns (`taken`).
     """
@@ -334,7 +334,7 @@ def _measure_own(metrics: Iterable[Metric[Any]], rows: Any, taken: Iterable[str]
 
 
 def _gain(tasks: Iterable[tuple[float, np.ndarray]], rows: int) -> np.ndarray:
-    """Return the relevance (N,) of rows. `tasks` are pairs of weight and labels (N,).
+    """Return the relevance (N,) of rows, see `PredictedRows.sum`. `tasks` are pairs of weight and labels (N,).
 
     The relevance is rounded to 12 digits, so that a sum such as 0.1 + 0.2 - 0.3 is exactly 0.
     """
@@ -353,7 +353,7 @@ def _digest(keys: np.ndarray) -> np.ndarray:
 
 
 def _sum_by(columns: Mapping[str, Any], keys: Sequence[str] = ()) -> pa.Table:
-    """Add up rows with equal keys (default: the first column), sorted by key."""
+    """Add up rows with equal values in the columns `keys` (default: the first column), and sort by these columns."""
     table = pa.table(columns)
     keys = keys or table.column_names[:1]
     names = [name for name in table.column_names if name not in keys]
@@ -364,7 +364,7 @@ def _sum_by(columns: Mapping[str, Any], keys: Sequence[str] = ()) -> pa.Table:
 
 
 def _index(ids: Any) -> tuple[pa.Array, np.ndarray]:
-    """Return the distinct ids, and an index into them for each row."""
+    """Return the distinct IDs, and each row's index into the distinct IDs, (N,) int64."""
     array = pa.array(ids)
     encoded = array.cast(pa.int64() if pa.types.is_integer(array.type) else pa.string()).dictionary_encode()
     return encoded.dictionary, encoded.indices.to_numpy().astype(np.int64)

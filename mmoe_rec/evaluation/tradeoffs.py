@@ -1,4 +1,4 @@
-"""Choose the weights of tasks in the score, which trade the ranking of one task for that of another task.
+"""Choose the weights of tasks in the score, to rank better for one task at a limited loss for other tasks.
 
 The score is the sum over tasks of weight x log prediction, so only ratios of weights matter. Here, weights sum to 1. A
 ranking is measured for each task separately, by NDCG@10 with the label of this task alone as the relevance.
@@ -29,7 +29,7 @@ Weights = tuple[float, ...]
 def choose_weights(
     settings: Settings, goal: str, margins: Mapping[str, float], sources: Sequence[str] | None = None
 ) -> Report:
-    """Choose weights of the tasks on validation rows, and report their effect on test rows.
+    """Choose weights of the tasks in the score on validation rows, and report their effect on test rows.
 
     Args:
         settings: Settings with the tasks.
@@ -69,7 +69,7 @@ def choose_weights(
         f"no other weights improve {goal} within the allowed losses, so keep the weights of the settings",
         [],
     )
-    if chosen:  # the first weights are those of the settings
+    if chosen:  # number 0 has the weights of the settings
         named = zip(tasks, weights[chosen], strict=True)
         headline = f"set {', '.join(f'tasks.{task}.score_weight to {weight:.4g}' for task, weight in named)}"
         differences = on_test.compare_with_deployed(chosen)
@@ -92,7 +92,7 @@ def choose_weights(
 
 
 def make_grid(deployed: Sequence[float]) -> list[Weights]:
-    """Return weightings that sum to 1: the settings' own weights (`deployed`) first, then a grid.
+    """Return weightings of the tasks that each sum to 1: first the settings' own weights (`deployed`), then a grid.
 
     Raises:
         UserError: No deployed weight is positive, or a weight is negative.
@@ -111,7 +111,7 @@ def make_grid(deployed: Sequence[float]) -> list[Weights]:
 
 
 class WeightSweep:
-    """NDCG@10 of T tasks in the rankings by P weightings. Weighting 0 has the settings' own (deployed) weights.
+    """NDCG@10 of T tasks when P weightings rank the rows. Weighting 0 has the settings' own (deployed) weights.
 
     Attributes:
         tasks: Names of the tasks.
@@ -119,7 +119,7 @@ class WeightSweep:
     """
 
     def __init__(self, rows: PredictedRows, tasks: Sequence[str], weights: Sequence[Weights], resamples: int) -> None:
-        """Rank the rows once with each weighting, and measure the NDCG@10 of each task.
+        """Rank the rows with each weighting, and measure the NDCG@10 of each task.
 
         Args:
             rows: Predictions and labels.
@@ -155,7 +155,7 @@ class WeightSweep:
         }
 
     def choose(self, goal: str, margins: Mapping[str, float]) -> int:
-        """Return the number of the weighting that ranks best for a task, without too large a loss of other tasks.
+        """Return the number of the weighting that ranks best for a task, without too large a loss for other tasks.
 
         Args:
             goal: Task whose NDCG@10 should be highest.
@@ -171,6 +171,6 @@ class WeightSweep:
         return best
 
     def find_pareto_front(self) -> np.ndarray:
-        """Return a mask (P,) of the Pareto-optimal weights: no others improve a task without a loss of another task."""
+        """Return a mask (P,) of Pareto-optimal weightings: no other one improves a task and harms none."""
         defined = self.values[:, ~np.isnan(self.values).any(axis=0)]
         return np.array([not ((defined >= mine).all(1) & (defined > mine).any(1)).any() for mine in defined])

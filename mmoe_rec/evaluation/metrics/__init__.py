@@ -37,6 +37,6 @@ CATALOG_METRICS = tuple(
 
 
 def metrics_for_kind(kind: str) -> list[Metric[Any]]:
-    """Return the metrics of a kind of tasks, or of `score`, with losses first and metrics without intervals last."""
+    """Return the metrics of a task kind or of `score`: first metrics to minimize, last metrics without intervals."""
     metrics = [metric for metric in METRICS if metric.applies_to(kind)]
     return sorted(metrics, key=lambda metric: (not metric.has_interval, metric.better != "lower"))

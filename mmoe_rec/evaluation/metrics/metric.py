@@ -72,24 +72,25 @@ class Metric(BaseMetric, Generic[Measured]):
     """Whether the metric compares rows of the same user or request. It is undefined if each user has only one row."""
     has_interval: bool = True
     is_fraction: bool = False
-    """Whether it is a mean of values between 0 and 1."""
+    """Whether the metric is a fraction, or a mean of values between 0 and 1."""
 
     def applies_to(self, kind: str) -> bool:
         """Return whether the metric applies to tasks of a kind, or to the `score`."""
         return kind in self.kinds or (kind in KINDS and KINDS[kind].metrics_kind in self.kinds)
 
     def is_shown(self, of_score: bool) -> bool:
-        """Return whether the main tables show the metric for the score (`of_score`), or else for tasks.
+        """Return whether the main tables show the metric, for the score (`of_score`) or for tasks.
 
-        For tasks, they hide metrics of ranked lists. GAUC is enough to show how well a task ranks.
+        The tables hide ranking metrics of tasks, because GAUC is enough to show how well a task ranks.
         """
         return self.is_headline and (of_score or not self.is_ranking_metric)
 
     def measure(self, rows: Measured) -> dict[str, np.ndarray]:
-        """Return contributions to the sums that this metric defines, empty if it only reads other sums.
+        """Return contributions to the sums that this metric defines.
 
         Returns:
-            Name of the sum -> contribution of each row of a task, (N,), or of each ranked request, (Q,).
+            Name of the sum -> contribution of each of N rows of a task, or of each of Q ranked requests. Empty if the
+                metric only reads sums that other metrics define.
         """
         return {}
 
@@ -98,7 +99,7 @@ class Metric(BaseMetric, Generic[Measured]):
         """Compute the value in each resample, shape (R,) float64. It is NaN if undefined."""
 
     def details(self, sums: "UserSums", resamples: int) -> dict[str, Any]:
-        """Return entries for `GroupSummary.details`, such as the bins of a plot.
+        """Return further results for `GroupSummary.details`, such as the bins of a plot, by name.
 
         Args:
             sums: Sums of the users.
@@ -108,7 +109,7 @@ class Metric(BaseMetric, Generic[Measured]):
 
 
 class Ratio(Metric[Measured]):
-    """Metric that is the ratio of its two `required_sums`."""
+    """Metric that divides the first of its two `required_sums` by the second."""
 
     def summarize(self, resamples: "Resamples") -> np.ndarray:
         return ratio(resamples[self.required_sums[0]], resamples[self.required_sums[1]])
@@ -123,8 +124,8 @@ class TaskRows:
         prediction: Predictions, shape (N,) float64.
         weight: Weights, shape (N,) float64.
         user: Users as indices from 0 without gaps, shape (N,) int64.
-        request: Requests as indices, in the same form.
-        unit: Users or groups of users that resamples draw, in the same form.
+        request: Requests, in the same form as `user`.
+        unit: Users or groups of users that resamples draw, in the same form as `user`.
     """
 
     label: np.ndarray
@@ -181,7 +182,7 @@ class UserSums:
         self._values = np.array([self.column(name) for name in self._totals]).reshape(-1, len(self.users))
 
     def column(self, name: str) -> np.ndarray:
-        """Return the sum of each user, shape (U,) float64, 0 for users without a row."""
+        """Return the column `name` of `table` for each user, shape (U,) float64, 0 for users without a row."""
         if name not in self.table.column_names:
             raise ValueError(f"a metric reads {name!r}, which no metric measures")
         values = np.zeros(len(self.users))
@@ -189,7 +190,7 @@ class UserSums:
         return values
 
     def index(self, users: pa.ChunkedArray) -> np.ndarray:
-        """Return the index of each of N users among the U users, shape (N,) int64."""
+        """Return the position in `self.users` of each of N `users`, shape (N,) int64."""
         return pc.index_in(users, value_set=self.users.combine_chunks()).to_numpy().astype(np.int64)
 
     def cached(self, make: Callable[["UserSums"], Made]) -> Made:
@@ -206,9 +207,9 @@ class UserSums:
     def effective_users(self) -> dict[str, float]:
         """Effective number of users of each metric with an interval, see `effective_sample_size`.
 
-        The number is computed for several sizes of a user, and the minimum counts. Ranking metrics and metrics of the
-        score use two sizes: the numbers of rows and of ranked requests. Other metrics use the number of rows and the
-        weight, and for binary tasks also the weights of positive and of negative rows.
+        The number depends on the measure of a user's size, so the minimum over several measures counts. Ranking metrics
+        and metrics of the score use the numbers of rows and of ranked requests. Other metrics use the number of rows
+        and the weight, and for binary tasks also the weights of positive and of negative rows.
         """
         of_lists = [self.column("rows"), self.column("ranked_requests")]
         of_rows = of_lists[:1] if self.is_score else [of_lists[0], self.column("weight")]
@@ -218,7 +219,7 @@ class UserSums:
         return {metric.name: lists if metric.is_ranking_metric or self.is_score else rows for metric in self._metrics}
 
     def compute(self, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """Compute all metrics with intervals: name -> values (R,) float64."""
+        """Compute the metrics that have intervals in R resamples (`counts` (U, R)): name -> values (R,) float64."""
         resamples = self.resamples(counts)
         return {metric.name: metric.summarize(resamples) for metric in self._metrics}
 
@@ -242,11 +243,11 @@ class Resamples:
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Divide arrays of the same shape. The result is NaN if the denominator is not positive.
+    """Divide arrays. The result is NaN where the denominator is not positive.
 
     Args:
         numerator: Any shape.
-        denominator: The same shape, or one that broadcasts to it.
+        denominator: A shape that broadcasts to the numerator's shape.
 
     Returns:
         Ratio in the numerator's shape, float64.

@@ -2,11 +2,11 @@
 
 Ranking metrics measure the order of the rows of a request. They are means over requests whose rows differ in relevance.
 NDCG uses graded relevance. The other ranking metrics use binary relevance: a row with a positive gain is relevant.
-Catalog metrics measure which candidates all requests show together.
+Catalog metrics measure how the first rows of all requests together spread over the candidates.
 
 All requests are computed at once, without a Python loop. Rows of a request with equal scores form a *run*. Their order
 is arbitrary, so each metric is its expected value over random orders of the run, and ties can't improve a metric.
-Results for Q ranked lists are (Q,) float64 in [0, 1], and NaN for a request without a relevant row.
+Results for Q requests are (Q,) float64 in [0, 1], and NaN for a request without a relevant row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,13 +28,13 @@ class RankedRequests:
 
     Attributes:
         row: Index of the row in the original order, shape (N,) int64.
-        request: Request of the row, shape (N,) int64 in [0, requests).
+        request: Index of the row's request, shape (N,) int64 in [0, requests).
         requests: Number of requests.
-        gain: Gain of at least 0, shape (N,) float64. A row with a positive gain is relevant.
-        position: Position from 0 within the request, shape (N,) int64.
-        run: Run of the row, shape (N,) int64.
-        run_first: First position of the run, shape (runs,) int64.
-        run_length: Number of rows of the run, shape (runs,) int64.
+        gain: Relevance of the row, at least 0, shape (N,) float64. A row with a positive gain is relevant.
+        position: Position of the row in its request, from 0, shape (N,) int64.
+        run: Index of the row's run, shape (N,) int64.
+        run_first: `position` of the first row of each run, shape (runs,) int64.
+        run_length: Number of rows of each run, shape (runs,) int64.
     """
 
     row: np.ndarray
@@ -48,12 +48,12 @@ class RankedRequests:
 
     @staticmethod
     def of(request: np.ndarray, score: np.ndarray, gain: np.ndarray, requests: int) -> "RankedRequests":
-        """Sort rows. All arrays have the same row order.
+        """Sort N rows by request and falling score.
 
         Args:
-            request: Requests as indices, shape (N,) int64.
-            score: Scores, shape (N,).
-            gain: Gains, shape (N,).
+            request: Index of each row's request, shape (N,) int64.
+            score: Score of each row, shape (N,).
+            gain: Gain of each row, shape (N,).
             requests: Number of requests.
         """
         order = np.lexsort((-score, request))
@@ -65,7 +65,7 @@ class RankedRequests:
 
 
 class RankingMetric(Ratio[RankedRequests]):
-    """Mean of a function of ranked lists over requests with several rows of different relevance."""
+    """Mean over requests of a function such as `ndcg`. Requests whose rows are equally relevant are left out."""
 
     kinds, better, is_ranking_metric = ("binary", "regression", "score"), "higher", True
     is_within_group = is_fraction = True
@@ -75,7 +75,7 @@ class RankingMetric(Ratio[RankedRequests]):
 
         Args:
             name: Name of the metric.
-            of_list: Function from Q ranked lists to values (Q,) float64. Requests without a relevant row may have NaN.
+            of_list: Function from Q requests to values (Q,) float64. Requests without a relevant row may have NaN.
             is_headline: Whether the table on the terminal has the metric.
         """
         self.name, self._of_list, self.is_headline = name, of_list, is_headline
@@ -103,8 +103,8 @@ def find_uninformative_requests(lists: RankedRequests) -> dict[str, np.ndarray]:
     NDCG and reciprocal rank of these requests are 1, or undefined, for any scores.
 
     Returns:
-        Reason -> mask (Q,) bool, with each request at the first reason that applies: `of_one_row`,
-            `without_relevant_row`, or `of_equal_relevance` (all rows have the same positive gain).
+        Reason -> mask (Q,) bool of the requests. The reasons are `of_one_row`, `without_relevant_row` and
+            `of_equal_relevance` (all rows have the same positive gain). A request has only the first that applies.
     """
     largest, least = np.full(lists.requests, -np.inf), np.full(lists.requests, np.inf)
     np.maximum.at(largest, lists.request, lists.gain)
@@ -118,7 +118,7 @@ def find_uninformative_requests(lists: RankedRequests) -> dict[str, np.ndarray]:
 def ndcg(lists: RankedRequests, cutoff: int) -> np.ndarray:
     """Compute the normalized discounted cumulative gain of the first `cutoff` rows, with linear gains.
 
-    DCG = sum over positions i < cutoff of gain_i / log2(i + 2), divided by the DCG of the best possible order (Jarvelin
+    NDCG is DCG, the sum over positions i < cutoff of gain_i / log2(i + 2), divided by DCG of the best order (Jarvelin
     and Kekalainen, 2002). Tied rows share the mean discount of their positions (McSherry and Najork, 2008).
 
     Args:
@@ -137,7 +137,7 @@ def ndcg(lists: RankedRequests, cutoff: int) -> np.ndarray:
 
 
 def random_ndcg(lists: RankedRequests, cutoff: int) -> np.ndarray:
-    """Compute the mean `ndcg` over all orders.
+    """Compute the mean of `ndcg` over all orders of a request's rows, which random scores have on average.
 
     Args:
         lists: Ranked lists.
@@ -153,12 +153,12 @@ def random_ndcg(lists: RankedRequests, cutoff: int) -> np.ndarray:
 
 
 def _discount_before(cutoff: int) -> np.ndarray:
-    """Return sums of the discounts before each position, shape (cutoff + 1,)."""
+    """Return the sum of the discounts before each of the positions 0 to `cutoff`, shape (cutoff + 1,)."""
     return np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(cutoff) + 2))])
 
 
 def _ideal_dcg(lists: RankedRequests, cutoff: int) -> np.ndarray:
-    """Return the DCG of the best order, shape (Q,)."""
+    """Return the DCG of the best order of each request, shape (Q,)."""
     # `request` and `position` depend on the lengths of lists only, so they also hold for rows sorted by gain.
     gain = lists.gain[np.lexsort((-lists.gain, lists.request))]
     discount_before = _discount_before(cutoff)
@@ -169,8 +169,8 @@ def _ideal_dcg(lists: RankedRequests, cutoff: int) -> np.ndarray:
 def reciprocal_rank(lists: RankedRequests) -> np.ndarray:
     """Compute 1 / rank of the first relevant row. The highest score has rank 1.
 
-    Only the first run with a relevant row matters. If r of its n rows are relevant, the first relevant row is the j-th
-    of the run with probability C(n - j, r - 1) / C(n, r).
+    Only a request's first run with a relevant row matters. If r of the run's n rows are relevant, the first relevant
+    row is the j-th row of the run with probability C(n - j, r - 1) / C(n, r).
     """
     run_relevant, run_request = _relevant(lists), lists.request[run_starts(lists.run)]
     with_relevant = np.flatnonzero(run_relevant)
@@ -190,7 +190,7 @@ def reciprocal_rank(lists: RankedRequests) -> np.ndarray:
 
 
 def average_precision(lists: RankedRequests) -> np.ndarray:
-    """Compute the mean precision at the positions of relevant rows.
+    """Compute the mean precision at the positions of relevant rows, for each request.
 
     The precision at a position is the fraction of relevant rows among the rows up to and including this position. In a
     run of n rows with equal scores and r relevant rows, each row is relevant with probability r / n. If the j-th row is
@@ -210,7 +210,7 @@ def average_precision(lists: RankedRequests) -> np.ndarray:
 
 
 def recall(lists: RankedRequests, cutoff: int) -> np.ndarray:
-    """Compute the fraction of relevant rows that are among the first `cutoff` rows.
+    """Compute the fraction of a request's relevant rows that are among its first `cutoff` rows.
 
     Args:
         lists: Ranked lists.
@@ -226,7 +226,7 @@ def recall(lists: RankedRequests, cutoff: int) -> np.ndarray:
 
 
 def hit_rate(lists: RankedRequests, cutoff: int) -> np.ndarray:
-    """Compute the probability that a relevant row is among the first `cutoff` rows. It is 0 or 1 without ties.
+    """Compute the probability that a relevant row is among a request's first `cutoff` rows. Without ties, it is 0 or 1.
 
     Args:
         lists: Ranked lists.
@@ -261,10 +261,10 @@ def _log_choose(n: np.ndarray, k: np.ndarray) -> np.ndarray:
 
 
 class CatalogMetric(BaseMetric):
-    """Metric of the first `cutoff` rows of all requests together, without an interval.
+    """Metric of the candidates that all requests together show, without an interval.
 
-    A candidate is shown each time that it is among the first `cutoff` rows of a request. If rows with equal scores lie
-    on both sides of the cutoff, a candidate counts as its probability of being shown in a random order.
+    A request shows the candidates of its first `cutoff` rows. If rows with equal scores lie on both sides of the
+    cutoff, each row counts as its probability of being shown in a random order.
     """
 
     def __init__(
@@ -278,15 +278,15 @@ class CatalogMetric(BaseMetric):
 
         Args:
             of_catalog: Function that computes the metric, such as `coverage`. The metric has the function's name.
-            better: Direction of better values.
-            cutoff: Number of rows of each request that count, from the highest score.
+            better: Whether `higher` or `lower` values are better.
+            cutoff: Number of rows with the highest scores that each request shows.
             is_headline: Whether the table on the terminal has the metric.
         """
         self._of_catalog, self.cutoff = of_catalog, cutoff
         self.name, self.better, self.is_headline = f"{of_catalog.__name__}_at_{cutoff}", better, is_headline
 
     def summarize(self, catalog: pa.Table, requests: int) -> float:
-        """Compute the value.
+        """Compute the metric.
 
         Args:
             catalog: Table `catalog` of `EvaluationSums`.
@@ -300,9 +300,9 @@ def coverage(shown: np.ndarray, log_missed: np.ndarray, listed: np.ndarray) -> f
     """Compute the fraction of the catalog that is shown (Ge, Delgado-Battenfeld and Jannach, 2010).
 
     Args:
-        shown: Number of times that each of C candidates is shown, shape (C,).
-        log_missed: Log probability that the candidate is never shown, shape (C,).
-        listed: Fraction of requests with the candidate in their list, shape (C,).
+        shown: Expected number of requests that show each of C candidates, shape (C,).
+        log_missed: Log of the probability that no request shows the candidate, shape (C,).
+        listed: Fraction of requests that have the candidate among all of their rows, shape (C,).
     """
     return np.mean(-np.expm1(log_missed))
 
@@ -324,7 +324,7 @@ def gini(shown: np.ndarray, log_missed: np.ndarray, listed: np.ndarray) -> float
 def novelty(shown: np.ndarray, log_missed: np.ndarray, listed: np.ndarray) -> float:
     """Compute the mean information, in bits, of the shown candidates (Zhou et al., 2010).
 
-    The information is -log2 of the fraction of requests with the candidate in their list.
+    The information of a candidate is -log2 `listed`. Candidates of few requests are more novel.
 
     Args:
         shown: As in `coverage`.
@@ -339,11 +339,11 @@ def exposure_by_row(lists: RankedRequests, cutoffs: Sequence[int]) -> dict[str, 
 
     Args:
         lists: Ranked lists.
-        cutoffs: Numbers K of first rows that are shown.
+        cutoffs: Numbers K of first rows that a request shows.
 
     Returns:
-        For each K, `shown_at_K` is the probability that the row is among the first K rows. `log_missed_at_K` is the log
-            of the opposite probability. Each has shape (N,) in the original order of the rows.
+        For each K, `shown_at_K` is the probability that the row is among its request's first K rows, and
+            `log_missed_at_K` is log(1 - shown_at_K). Both have shape (N,), in the order of rows before sorting.
     """
     columns: dict[str, np.ndarray] = {}
     for cutoff in cutoffs:

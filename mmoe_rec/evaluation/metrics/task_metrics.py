@@ -33,8 +33,8 @@ _DENSE_FROM = 0.05  # fraction of nonzero cells from which a dense matrix is fas
 class BinnedRows:
     """Weights of a binary task's rows, from which areas under curves are computed in resamples of users.
 
-    Positive and negative rows are kept separately. Resamples use their weights by user and bin of the prediction. The
-    exact areas of all rows use their weights by predicted value.
+    Areas in resamples use the weights of positive and of negative rows by user and bin of the prediction. Exact areas
+    of all rows use the weights by predicted value.
     """
 
     def __init__(self, sums: UserSums) -> None:
@@ -56,7 +56,7 @@ class BinnedRows:
             self._by_bin.append(by_user.astype(np.float32).toarray() if is_dense else by_user)
 
     def compute_area(self, area: AreaFunction, resamples: Resamples) -> np.ndarray:
-        """Compute an area in resamples. The area is exact if all users are drawn once.
+        """Compute an area in resamples. The area is exact in a resample that draws each user once.
 
         Args:
             area: Function that computes the area.
@@ -76,15 +76,15 @@ class BinnedRows:
 def counts_by_value(
     values: np.ndarray, positives: np.ndarray, negatives: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Count rows by predicted value.
+    """Add up the weights of rows with equal predicted values.
 
     Args:
-        values: Predicted values, shape (N,).
-        positives: Weights of positive rows, shape (N,).
-        negatives: Weights of negative rows, shape (N,).
+        values: Predicted value of each row, shape (N,).
+        positives: Weight of each row, 0 for negative rows, shape (N,).
+        negatives: Weight of each row, 0 for positive rows, shape (N,).
 
     Returns:
-        V rising distinct values, and the weights of positive and of negative rows of each value, each of shape (V,).
+        V rising distinct values, and the total weights of positive and of negative rows of each value, all (V,).
     """
     distinct, index = np.unique(values, return_inverse=True)
     return distinct, np.bincount(index, positives, len(distinct)), np.bincount(index, negatives, len(distinct))
@@ -99,8 +99,8 @@ def bin_edges(values: np.ndarray, positives: np.ndarray, negatives: np.ndarray) 
 
     Args:
         values: Distinct predicted values in rising order, shape (V,).
-        positives: Weights of positive rows, shape (V,).
-        negatives: Weights of negative rows, shape (V,).
+        positives: Total weight of positive rows of each value, shape (V,).
+        negatives: Total weight of negative rows of each value, shape (V,).
 
     Returns:
         First value of each of the B bins except for the first bin, shape (B - 1,).
@@ -113,7 +113,7 @@ def bin_edges(values: np.ndarray, positives: np.ndarray, negatives: np.ndarray) 
 
 
 def _assign_equal_mass_bins(values: np.ndarray, mass: np.ndarray, bins: int) -> np.ndarray:
-    """Return the bin of each value, (N,) int64. Bins have rising values and about equal mass.
+    """Return the bin of each of N values, (N,) int64. Bins have rising values and about equal sums of `mass` (N,).
 
     Equal values share a bin, and no bin is empty.
     """
@@ -134,7 +134,7 @@ class Auc(Metric[TaskRows]):
 
 
 class AveragePrecision(Auc):
-    """Area under the curve of precision by recall, in steps, over all observed rows."""
+    """Area under the precision-recall curve, without interpolation, over all observed rows."""
 
     name = "average_precision"
 
@@ -143,7 +143,7 @@ class AveragePrecision(Auc):
 
 
 class Gauc(Ratio[TaskRows]):
-    """Mean AUC within users or requests (`by`), weighted by their rows."""
+    """Mean AUC within users or requests (`by`), weighted by the weight of their rows."""
 
     kinds, better, is_within_group, is_fraction = ("binary",), "higher", True, True
 
@@ -152,10 +152,10 @@ class Gauc(Ratio[TaskRows]):
         self.required_sums = (f"{by}_auc", f"{by}_auc_weight")
 
     def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        """Return the sums of the weighted mean AUC of groups, and the groups that it leaves out.
+        """Return numerator and denominator of the weighted mean AUC, and counts of groups that the mean leaves out.
 
-        A group with both classes contributes its weight, and AUC x weight. A group with a single class has no AUC, so
-        only the group and its rows are counted.
+        A user or request with both classes contributes AUC x weight and its weight. A single class gives no AUC, so
+        the user or request and its rows are only counted.
         """
         group = getattr(rows, self.by)
         positives, negatives = rows.weight * rows.label, rows.weight * (1 - rows.label)
@@ -171,7 +171,7 @@ class Gauc(Ratio[TaskRows]):
         return rows.assign_to_first_rows(group, sums)
 
     def details(self, sums: UserSums, resamples: int) -> dict[str, Any]:
-        """Return the users or requests that are left out.
+        """Return the number of users or requests that the metric leaves out, and the fraction of rows in them.
 
         Args:
             sums: Sums of the users.
@@ -237,7 +237,7 @@ class ExpectedCalibrationError(Metric[TaskRows]):
         return ratio(np.abs(bins["prediction"] - bins["label"]).sum(axis=0), bins["weight"].sum(axis=0))
 
     def details(self, sums: UserSums, resamples: int) -> dict[str, Any]:
-        """Return the bins for a plot.
+        """Return the bins for a calibration plot.
 
         Args:
             sums: Sums of the users.
@@ -250,7 +250,7 @@ def _equal_bins(sums: UserSums) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Merge the bins of the table `TASK.bins` into ten bins of equal weight.
 
     Returns:
-        Bin of each row of the table, and the columns of the table by name.
+        Number of the merged bin for each row of the table, and the columns of the table by name.
     """
     assert sums.bins is not None  # only binary tasks have bins
     names = ("rows", "positives", "label", "negative", "prediction")
@@ -260,9 +260,9 @@ def _equal_bins(sums: UserSums) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def _calibration_bins(sums: UserSums, resamples: int) -> list[dict[str, Any]]:
-    """Return a dict for each bin, with 95% intervals of observed rates over users (None for a single user).
+    """Return mean prediction and observed rate of each bin, with a 95% interval of the rate (None for a single user).
 
-    The bins are the same in all resamples. Means and rates are weighted by the weights of the rows.
+    The interval resamples users in fixed bins. Means and rates are weighted by the weights of the rows.
     """
     place, columns = _equal_bins(sums)
     if not len(place):
@@ -316,11 +316,11 @@ class RSquared(Metric[TaskRows]):
     name, kinds, better, required_sums = "r2", ("regression",), "higher", ("squared_error", "weight")
 
     def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        """Return weighted sums from which the variance of labels is computed without loss of precision.
+        """Return contributions from which the variance of labels is computed without loss of precision.
 
-        The sums are distances and squared distances of labels from the label of the unit's first row, which is returned
-        too. With sums of labels and of squared labels instead, the mean of squares minus the square of the mean would
-        lose all digits if labels are large compared with their standard deviation, such as 1.7e9 +- 100.
+        They are weighted distances and squared distances of labels from the label of the unit's first row, and this
+        label. From sums of labels and of squared labels, the mean of squares minus the square of the mean would have
+        no correct digit if labels are large compared with their standard deviation, such as 1.7e9 +- 100.
         """
         origin = rows.label[np.unique(rows.unit, return_index=True)[1]]
         distance = rows.label - origin[rows.unit]
@@ -333,7 +333,7 @@ class RSquared(Metric[TaskRows]):
 
 
 class _Spread:
-    """Variances of labels in resamples of users."""
+    """Sums from which variances of labels in resamples of users are computed."""
 
     def __init__(self, sums: UserSums) -> None:
         weight, origin, distance, squares = (
