@@ -97,7 +97,7 @@ class VariantResult:
         cli_options: Options that adopt the variant, "" if it can't be adopted.
         is_simpler: Whether the variant is simpler than the base, and so worth adopting without a gain.
         metric_means: Metric, such as `auc of click` -> mean over runs.
-        verdict_metrics: Names of the metrics that decide about the variant. Empty for the base.
+        verdict_metrics: Names of the metrics that decide whether to adopt the variant. Empty for the base.
         parameters: Number of parameters of the network, None for trees alone.
         seconds: Mean seconds of a run.
     """
@@ -125,7 +125,7 @@ class ExperimentResult:
         margin: Largest loss at which a simpler variant is adopted.
         skipped_tasks: Task with too few labels to compare -> number of rows with its rarer label.
         notes: Sentences to show before the verdicts.
-        tables: Further tables.
+        tables: Tables to add to the report.
         warnings: Reasons to distrust the results.
         facts: Further facts for the report by name, such as `log`.
     """
@@ -150,7 +150,7 @@ class ExperimentResult:
 
     @property
     def recommended(self) -> VariantResult | None:
-        """The best variant that is better, else the first simpler variant that loses at most `margin`, else None."""
+        """The variant with the largest significant gain, else the first simpler one within `margin`, else None."""
         judged = [variant for variant in self.variants[1:] if variant.verdict_metrics]
         better = [
             variant
@@ -323,7 +323,7 @@ def save_result(runner: Runner, report: ExperimentResult) -> None:
 
 
 def _choose_metrics(settings: Settings, sums: EvaluationSums) -> dict[str, Metric[Any]]:
-    """Return a metric for each task with enough labels: the primary metric if it applies, else the guardrail metric."""
+    """Return a metric for each task with enough labels: the primary metric, or the task kind's `guardrail_metric`."""
     primary_metric = settings.evaluation.primary_metric
     primary, is_of_score = find_objective_metric(primary_metric), primary_metric.startswith(f"{SCORE}.")
     return {
@@ -343,7 +343,7 @@ def _summarize(
     means: Mapping[tuple[str, str], float | None],
     differences: Differences,
 ) -> VariantResult:
-    """Return a variant's result, without corrected p-values. If tasks are left out, each remaining task decides."""
+    """Return a variant's result, without corrected p-values. If it leaves out tasks, the others give the verdict."""
     variant, metric_means = trained.variant, dict[str, MetricMean]()
     for key, (label, better) in columns.items():
         mean, difference = means.get(key), None
@@ -392,7 +392,7 @@ def make_report(experiment: ExperimentResult, identity: Mapping[str, Any] | None
 
     Args:
         experiment: Results of the variants.
-        identity: Features and settings of the runs, None on the terminal.
+        identity: Fingerprint of the features, and settings (`Report.identity`). None for a report without them.
     """
     warnings = [Sentence(warning, "warning") for warning in experiment.warnings]
     tables = [] if len(experiment.variants) == 1 else [_variant_table(experiment)]

@@ -64,7 +64,8 @@ def compare_features(settings: Settings, only: Sequence[str], margin: float, see
 
     Args:
         settings: Settings whose features are compared.
-        only: Features to compare. If empty, all features and groups of features by source are compared.
+        only: Features to permute, and to leave out one at a time. If empty, all features are permuted, and groups of
+            features by source are left out.
         margin: Largest loss of the objective that is negligible.
         seeds: Number of runs of each variant.
 
@@ -121,7 +122,7 @@ def _permute_once(runner: Runner, features: Sequence[str], margin: float) -> dic
 
 
 def permutation_importance(runner: Runner, network: Network, features: Sequence[str], margin: float) -> dict[str, Any]:
-    """Measure the loss of a network when features are permuted among validation rows.
+    """Measure how much of the objective a network loses if features are permuted among validation rows.
 
     Args:
         runner: Runner of the command.
@@ -192,7 +193,7 @@ def is_negligible(loss: Difference, margin: float) -> bool:
     If the loss is significantly above zero, the interval must exclude losses above half the margin.
 
     Args:
-        loss: Loss of features, corrected for the number of comparisons.
+        loss: Loss of the objective, corrected for the number of comparisons.
         margin: Largest loss that is negligible.
     """
     return loss.high is not None and loss.high <= (margin / 2 if _is_significant_loss(loss) else margin)
@@ -207,10 +208,10 @@ def choose_removable(
     """Choose features whose joint loss is negligible. Return an empty list if there are none.
 
     Args:
-        losses: Losses of single features, corrected for the number of comparisons.
+        losses: Feature -> loss of the objective if it is permuted, corrected for the number of comparisons.
         margin: Largest loss that is negligible.
-        measure_loss: Function that measures the joint loss of features.
-        dependents: Feature -> features that need it.
+        measure_loss: Function that measures the loss if several features are permuted together.
+        dependents: Feature -> other features that can't be kept without it.
     """
     names = [name for name, loss in losses.items() if is_negligible(loss, margin)]
     names.sort(key=lambda name: losses[name].high or 0.0)
@@ -220,12 +221,12 @@ def choose_removable(
             break
         names = names[
             : len(names) - max(1, len(names) // 4)
-        ]  # The model keeps the features with the largest possible losses.
+        ]  # Drop the quarter of candidates with the largest upper limits of loss.
     return names
 
 
 def _find_dependents(layout: Layout) -> dict[str, list[str]]:
-    """Return the other features that look up IDs in a feature's table, for each feature with a table."""
+    """Return each feature that has an embedding table -> the other features that use this table."""
     features = {ids.feature for ids in layout.ids}
     dependents: dict[str, list[str]] = {ids.table: [] for ids in layout.ids if ids.table in features}
     for ids in layout.ids:
@@ -242,7 +243,7 @@ def _permute_features(
     features: Iterable[str],
     generator: np.random.Generator,
 ) -> LabeledRows:
-    """Return N rows with the features' inputs from random rows. `request` numbers each row's request from 0, (N,)."""
+    """Return N rows in which `features` have the inputs of other random rows. `request`: (N,) index of each request."""
     first = np.unique(request, return_index=True)[1]
     request_donors, row_donors = first[generator.permutation(len(first))][request], generator.permutation(len(rows))
     encoded = rows.encoded
@@ -258,13 +259,13 @@ def _permute_features(
 
 
 def sample_rows(settings: Settings, folder: Path, layout: ModelLayout, max_rows: int) -> tuple[LabeledRows, pa.Table]:
-    """Read all rows of a random sample of users. Users are sampled in groups with similar hashes.
+    """Read all rows of a sample of users, which is drawn in whole buckets of hashed user IDs.
 
     Args:
         settings: The settings.
         folder: Folder of the encoded rows.
         layout: Layout of the model.
-        max_rows: Maximum number of rows, unless the first group of users has more.
+        max_rows: Maximum number of rows, unless the first bucket has more.
 
     Returns:
         The rows, and a table with their IDs, weights, and labels of joint outcomes (such as a view with a purchase).

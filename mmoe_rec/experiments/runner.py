@@ -1,4 +1,4 @@
-"""Train variants with several seeds, and keep the predictions of each run on the rows that compare variants.
+"""Train variants with several seeds, and keep the predictions of each run on the rows on which variants are compared.
 
     FOLDER/FINGERPRINT/KEY.parquet     predictions of a run, where KEY hashes everything that they depend on
     FOLDER/FINGERPRINT/choices.json    the precision that all runs share
@@ -60,10 +60,10 @@ class Variant:
     Attributes:
         name: Name, unique within the comparison.
         overrides: Overrides of the settings, such as `model.experts.count=1`.
-        without_features: Features that the model doesn't read. No features are built again.
+        without_features: Features that the model doesn't read, although the built features contain them.
         without_tasks: Tasks that the model doesn't learn. It keeps features that are made from labels of these tasks.
         trees_only: Whether to grow boosted trees instead of training a network.
-        is_simpler: Whether the variant is worth adopting if it loses nothing.
+        is_simpler: Whether the variant is simpler than the base, and so worth adopting without a gain.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Variant:
 
     @property
     def cli_options(self) -> str:
-        """Options that adopt the variant in another command."""
+        """Options that apply the overrides and leave out the features in another command."""
         words = [*self.overrides, *(f"features.{name}=null" for name in self.without_features)]
         return " ".join(shlex.quote(f"--{word}") for word in words)
 
@@ -104,7 +104,7 @@ def write_run_predictions(
 
     Args:
         file: File to write.
-        tasks: Task -> predictions for each row that compares variants.
+        tasks: Task -> predictions, one for each row on which variants are compared.
         score: Score of each row.
         facts: Facts about the run, stored as metadata.
     """
@@ -153,7 +153,7 @@ class TrainedVariant:
     Attributes:
         variant: The variant.
         seeds: Seeds of the runs.
-        rows: Rows that compare variants, with their labels.
+        rows: Rows on which variants are compared, with their labels.
         files: Prediction files of the runs.
         facts: Facts about the runs, such as `seconds`, and `steps` of a network.
     """
@@ -179,9 +179,9 @@ def open_runner(
     Args:
         settings: Settings that variants change.
         name: Name of the command and of its run in MLflow.
-        split: Split whose rows compare the variants.
-        part: Part of the split's users whose rows compare, None for all users.
-        folder: Folder in `data.work_dir`, None for the name.
+        split: Split with the rows on which variants are compared.
+        part: Part of the split's users whose rows are used for this, None for all users.
+        folder: Name of the command's folder in `data.work_dir`. None takes `name`.
 
     Raises:
         UserError: Features can't be built, a split has no rows, or MLflow can't be used.
@@ -227,8 +227,8 @@ class Runner:
         settings: Settings that variants change.
         prepared: Features of the settings.
         folder: Folder of the command.
-        split: Split whose rows compare the variants.
-        part: Part of the split's users whose rows compare, None for all users.
+        split: Split with the rows on which variants are compared.
+        part: Part of the split's users whose rows are used for this, None for all users.
         run: Run of the command in MLflow, the parent of a run for each variant and seed.
         exit_stack: Keeps the features of variants locked until the command ends.
     """
@@ -289,7 +289,7 @@ class Runner:
         return RunSpec(variant, changed, prepared, self._run_folder / f"{key}.parquet")
 
     def train_run(self, spec: RunSpec) -> Network | None:
-        """Train a run and write its predictions for the rows that compare variants. Return the network, if any."""
+        """Train a run and write its predictions. Return the network, or None if the variant has only trees."""
         settings, layout, network = spec.settings, ModelLayout.of(spec.prepared.layout, spec.settings), None
         rows = EncodedDataset(spec.prepared.split(self.split), layout, part=self.part)
         with self.open_run(spec.name, spec) as run:
@@ -364,9 +364,9 @@ class Runner:
             return trainer.run(), trainer.precision_choice.precision
 
     def monitored_metric(self, best: Validation) -> float:
-        """Return the monitored metric of a validation on the selection rows.
+        """Return the value of the monitored metric (`training.monitor`) in a validation.
 
-        The base settings define the metric, so that variants which change it stay comparable.
+        The base settings name the metric, so that variants that change `training.monitor` stay comparable.
         """
         return best.objective(self.settings.training.monitor, ModelLayout.of(self.prepared.layout, self.settings))
 

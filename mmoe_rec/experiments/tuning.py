@@ -54,7 +54,7 @@ def tune_settings(settings: Settings, minutes: float | None, trials: int | None,
         settings: Settings to start from. If `tuning.search` is empty, a small built-in space is searched.
         minutes: Time limit for trials and confirmation, None for no limit.
         trials: Number of trials, None for as many as the time allows.
-        seeds: Number of runs that confirm the candidate, and of runs of the base settings.
+        seeds: Number of runs of the candidate that confirm it, and number of runs of the base settings.
 
     Raises:
         UserError: No value can be tried, or no trial had a result.
@@ -122,7 +122,7 @@ def default_space(settings: Settings, rows: int) -> dict[str, SearchRange]:
 
 
 def _check_space(settings: Settings, space: Mapping[str, SearchRange]) -> None:
-    """Raise UserError if all values of a setting in the search space are invalid, even without other changes."""
+    """Raise UserError if the space has a setting without a valid value. Of a range, only the ends are tried."""
     for name, search in space.items():
         errors = []
         values = search.choices or (search.low, search.high)
@@ -145,7 +145,7 @@ class Trial:
     """A trial that completed.
 
     Attributes:
-        values: Values of the settings.
+        values: Setting -> value in the trial.
         result: The monitored metric (`training.monitor`) on the selection rows.
     """
 
@@ -306,7 +306,7 @@ def can_start_trial(
     Args:
         finished: Finished trials.
         seconds_left: Seconds until everything must be complete.
-        max_reserved_seconds: Maximum seconds to reserve for the runs after the trials. If they need more, fewer run.
+        max_reserved_seconds: Maximum seconds to reserve for the runs after the trials, even if these need more.
         trials: Number of trials, None for no limit.
         reserved_runs: Number of runs after the trials.
     """
@@ -363,7 +363,7 @@ def _decode_params(params: Mapping[str, Any]) -> SettingValues:
 
 
 def current_values(settings: Settings, space: Mapping[str, SearchRange]) -> SettingValues | None:
-    """Return the current values of the settings, None if one of them isn't in the space.
+    """Return the current values of the settings in a search space, None if the space lacks one of these values.
 
     Args:
         settings: The settings.
@@ -392,8 +392,8 @@ def discretize(search: SearchRange, value: Any) -> str:
         value: The value.
 
     Returns:
-        The level as JSON. Each choice is a level of its own. A range is divided into three levels of equal width, in
-        the logarithm for a log range. The middle of a level is its name.
+        The level as JSON. For a choice, the level is the value. A range has three levels of equal width (in the
+        logarithm for a log range), and the level is given by its middle.
     """
     if search.choices is not None:
         return json.dumps(value)

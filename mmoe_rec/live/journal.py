@@ -79,7 +79,7 @@ class RowKeys:
         time_column: Name of the column of request or event times.
         times: Request or event times, (N,) microseconds.
         keys: The keys of each row, N tuples of hashes. A row is a duplicate if the journal contains one of its keys.
-        requests: The hashes of each row's request and user, N pairs. None if requests have no IDs.
+        requests: Hashes of each row's request ID and user, N pairs. None if requests have no IDs.
     """
 
     time_column: str
@@ -113,7 +113,7 @@ class Batch:
 
 
 def parse_position(text: object) -> int:
-    """Parse the position in a text, or raise RequestError."""
+    """Parse the text of a journal position, or raise RequestError."""
     if isinstance(text, str) and text.isascii() and text.isdigit() and len(text) <= 18:
         return int(text)
     raise RequestError(f"{quoted(text)} is not a position of a journal, such as '12'")
@@ -234,9 +234,9 @@ class Journal:
             connection.execute(sql.update(_ABOUT).where(_ABOUT.c.removed < position).values(removed=position))
 
     def forget_old_keys(self) -> None:
-        """Delete records of rows that were accepted more than `KEY_RETENTION_DAYS` ago, which find duplicates.
+        """Stop recognizing duplicates of rows that were accepted more than `KEY_RETENTION_DAYS` ago.
 
-        The records are the keys of rows, and the users and times of requests. A later duplicate counts as a new row.
+        This deletes the keys of these rows, and the users and times of requests that began before then.
         """
         first_day = time.time_ns() // 1_000 // MICROSECONDS_PER_DAY - KEY_RETENTION_DAYS
         with self.write_transaction() as connection:
@@ -336,7 +336,7 @@ def _create_engine(url: URL) -> Engine:
 
     @sql.event.listens_for(engine, "connect")
     def set_up(connection: Any, record: object) -> None:
-        connection.isolation_level = None  # Otherwise Python's sqlite3 starts transactions. Here, `begin` starts them.
+        connection.isolation_level = None  # Keep sqlite3 from starting transactions. `begin` below starts them.
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
 
@@ -355,7 +355,7 @@ def _encode(table: pa.Table) -> bytes:
 
 
 def _drop_duplicates(connection: Connection, table: pa.Table, keys: RowKeys, accepted_at: int) -> pa.Table:
-    """Return the rows of a batch without duplicates, and store the keys of these rows.
+    """Return the rows of a batch that aren't duplicates, and store the keys and requests of these rows.
 
     A row is also dropped if an earlier row has the same request and a different user. Each row gets the time of its
     request: the earliest time in the first batch that contains the request.
@@ -389,7 +389,7 @@ def _drop_duplicates(connection: Connection, table: pa.Table, keys: RowKeys, acc
 
 
 def _select(connection: Connection, key: sql.Column[int], wanted: Collection[int]) -> dict[int, Any]:
-    """Look up rows by `key`, the first column of a table. Return the values of this column -> the other columns."""
+    """Return the rows whose `key`, a table's first column, is `wanted`: key -> values of the other columns."""
     keys, selected = sorted(wanted), dict[int, Any]()
     for first in range(0, len(keys), _KEYS_PER_QUERY):
         query = sql.select(key.table).where(key.in_(keys[first : first + _KEYS_PER_QUERY]))

@@ -1,4 +1,4 @@
-"""Check the rows that callers send to a journal, join its rows for servers, and write its rows to files of the logs.
+"""Check rows that callers send to a journal, concatenate its batches for servers, and write its rows to log files.
 
 Rows from callers must pass the same checks as a log's files in a feature build. If one row is invalid, the whole batch
 is rejected.
@@ -36,7 +36,7 @@ from mmoe_rec.settings.log_columns import ColumnUse
 from mmoe_rec.settings.schema import EventFeature, Schema
 
 EVENT_ID = "event_id"
-"""Column for an ID by which the journal recognizes a resent event. A log's own column of that name is no such ID."""
+"""Column for an ID by which the journal recognizes a resent event, unless features read a column of this name."""
 MAX_FILE_ROWS = 2**20
 
 
@@ -51,7 +51,7 @@ def make_batch(log_name: str | None, table: pa.Table, schema: Schema, accepted_a
 
     Args:
         log_name: Name of the event log, None for the interaction log.
-        table: Rows in canonical types.
+        table: Rows, with columns of the canonical types of `mmoe_rec.log.columns`.
         schema: Schema of the model whose server accepted the rows.
         accepted_at: Time of acceptance, microseconds since 1970 UTC. None reads the clock.
     """
@@ -94,8 +94,8 @@ class JournalRows:
 
     Attributes:
         log_name: Name of the event log, None for the interaction log.
-        table: All columns that the log must have, filled with nulls if no row gave them. Columns that other models read
-            may follow.
+        table: First all columns of this log that the model's features read, null if no row gave them. Further columns
+            of the rows may follow.
     """
 
     log_name: str | None
@@ -103,7 +103,7 @@ class JournalRows:
 
     @staticmethod
     def join(batches: Sequence[Batch], schema: Schema) -> "JournalRows":
-        """Join batches of one log.
+        """Concatenate batches of one log.
 
         Args:
             batches: At least one batch.
@@ -138,7 +138,7 @@ def _group_by_log(batches: Iterable[Batch]) -> dict[str | None, list[Batch]]:
 
 
 def join_by_log(batches: Iterable[Batch], schema: Schema) -> dict[str | None, JournalRows]:
-    """Join the batches of each log in the schema.
+    """Concatenate the batches of each log in the schema.
 
     Args:
         batches: Batches of any logs.
@@ -148,7 +148,7 @@ def join_by_log(batches: Iterable[Batch], schema: Schema) -> dict[str | None, Jo
         Log name (None for the interaction log) -> rows of the log.
 
     Raises:
-        UserError: A log's batches can't be joined, see `JournalRows.join`.
+        UserError: A log's batches can't be concatenated (see `JournalRows.join`).
     """
     return {
         log_name: JournalRows.join(log_batches, schema)
@@ -174,12 +174,11 @@ def write_journal_files(
         schema: Schema of the model to refresh.
         log: Location of the interaction log (`data.log`). The schema has the locations of event logs
             (`events.NAME.path`).
-        after: Position of the last batch in the model's tables, 0 if they contain none.
-        later_than: Time in microseconds. Rows up to this time are skipped. Servers skip the same rows if the model's
-            tables contain no batch of this journal.
+        after: Position of the last batch that the model's tables of counters and histories include, 0 for none.
+        later_than: Skip rows up to this time (microseconds), since the tables may include them. None skips no rows.
 
     Returns:
-        Position of the last batch that the files now contain.
+        Position of the journal's last batch. The files now contain the journal up to it.
 
     Raises:
         UserError: Files can't be written to a folder, or the journal is damaged.
@@ -282,13 +281,13 @@ class RowValidator:
         self._unread = schema.column_roles.keys() - self._columns[None].keys()
 
     def read_json(self, log_name: str | None, rows: Any, now: int | None = None) -> pa.Table:
-        """Check rows from JSON and return them as a table in canonical types.
+        """Check rows from JSON and return them as a table of canonical types (see `mmoe_rec.log.columns`).
 
         Args:
             log_name: Name of an event log, None for the interaction log.
             rows: Parsed JSON. It must be a list of objects, each with the columns and values of one row.
-            now: Current time, microseconds since 1970 UTC. Rows that are later by more than `CLOCK_TOLERANCE_US` are
-                refused. None reads the clock.
+            now: Current time, microseconds since 1970 UTC. A row that is later by more than `CLOCK_TOLERANCE_US` is
+                invalid. None reads the clock.
 
         Raises:
             RequestError: A row is invalid. The message names the row and the column.
@@ -386,7 +385,7 @@ class RowValidator:
 
 
 def _required_columns(schema: Schema) -> set[str]:
-    """Return the columns that every row of the interaction log needs, so that all features can count it."""
+    """Return the columns that a row of the interaction log needs so that counters and histories can include the row."""
     columns = schema.columns
     names = {columns.user, columns.candidate, columns.time, *filter(None, [columns.request, columns.weight])}
     names.update(list_label_columns(schema))

@@ -71,7 +71,7 @@ class JoinResult:
         until: Time up to which requests are written, in microseconds.
         requests: Number of requests added.
         waiting: Number of requests after `until`, whose labels aren't final yet.
-        counts: Description -> number, of labels that were found, and of rows and events that were dropped.
+        counts: Description for the user -> number of rows with a label, or of dropped rows or events.
         skipped: Reason for each skipped file.
     """
 
@@ -172,7 +172,7 @@ class _Source:
 
     @staticmethod
     def open(settings: Settings, uri: str, setting: str, columns: dict[str, tuple[str, ColumnUse]]) -> "_Source":
-        """Find the files of a folder and check their footers. Raise UserError if they don't fit together."""
+        """Find the files at `uri` and check their columns. Raise UserError if types differ or no file is usable."""
         unit, skip, uses = settings.columns.time_unit, settings.data.skip_bad_files, dict[str, ColumnUse]()
         for column, use in columns.values():
             if uses.setdefault(column, use) != use:
@@ -317,7 +317,7 @@ class _Join:
         return JoinResult(folder if rows else None, rows, last_time, *new_requests, counts, skipped)
 
     def _load(self, table: str, source: _Source, start: int, description: str) -> None:
-        """Create a table of the source's rows later than `start`. Count new rows that come too late to be written."""
+        """Create a table of the source's rows later than `start`. Count rows of new files that come too late."""
 
         def read() -> Iterator[pa.Table]:
             number = 0
@@ -364,7 +364,7 @@ class _Join:
         return complete_until - max(window.length_us for window in self.labels.windows if window.events == name)
 
     def _find_candidates(self, until: int) -> None:
-        """Create the table of candidates, without those that users haven't seen by `labels.shown` or `labels.top`."""
+        """Create the table of candidates, of only the shown ones if `labels.shown` or `labels.top` is set."""
         self._load("requests", self.requests, self.written_until - _MAX_REQUEST_SPAN_US, "rows of requests")
         (fraction,) = self.database.row("SELECT min(fraction) FROM requests")
         if self.logs_without_request and fraction is not None and fraction < 1:
@@ -390,9 +390,9 @@ class _Join:
         )
 
     def _attribution_query(self, name: str) -> str:
-        """Return a query for events with two more columns: `owner` and `delay`.
+        """Return a query for the events of a log that can be attributed to a candidate, with two more columns.
 
-        An event is attributed to the candidate with the number `owner`, `delay` microseconds after its request.
+        `owner` is the candidate's `number`, and `delay` the time from its request to the event in microseconds.
         """
         join, owners = "JOIN", "candidates"
         # A user can have two requests at the same time. Pick one by a rule that doesn't depend on the order of files.
@@ -474,7 +474,7 @@ class _Join:
 
 
 def _label_aggregates(index: int, label: LabelSource) -> str:
-    """Return SQL for a candidate's label and the number of its events in the attribution window."""
+    """Return SQL for a candidate's label and the number of the candidate's events in the attribution window."""
     in_window, value = f"delay <= {label.length_us}", "1.0::DOUBLE"
     condition = in_window
     if label.value is not None:

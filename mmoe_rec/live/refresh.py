@@ -1,4 +1,4 @@
-"""Register a new version of the current model whose tables include the newest files of the log.
+"""Register a new version of the current model, whose tables of counters and histories include the newest log files.
 
 The new artifact is written next to the features and registered. The alias moves last, and only if the refreshed version
 still has it. If a refresh is killed, run the same command again. It starts over, and may register a second version.
@@ -81,8 +81,8 @@ class RefreshResult:
     Attributes:
         previous: Version that had the alias before.
         current: Version that has the alias now.
-        new_version: Number of the new version, None if the log had no new files.
-        tables: Tables of the new version, None if there is none.
+        new_version: Number of the new version, None if the tables would not change.
+        tables: Tables of the new version, None without a new version.
     """
 
     previous: CurrentModel
@@ -108,10 +108,10 @@ def refresh(
         settings: Settings of the model.
         model_uri: URI of the form `models:/NAME@ALIAS`.
         rebuild: Whether to rebuild the tables from all rows of the log.
-        journal: URL of a journal, whose new rows are first written to files of the logs.
-        remove_events: Whether to remove from the journal the batches that the tables already include.
-        other_journal: Whether to accept a journal other than the one in the model's tables. Events of the old journal
-            that are not in the tables yet are then lost.
+        journal: URL of a journal whose new rows are first written to files of the logs. None writes no files.
+        remove_events: Whether to delete the journal's batches that the previous version's tables include.
+        other_journal: Whether to accept a journal other than the one that the model's tables include. Events of the
+            old journal that are not in the tables yet are then lost.
 
     Returns:
         The versions before and after the refresh.
@@ -179,9 +179,9 @@ def _register(settings: Settings, served: CurrentModel, tables: WrittenTables, a
 def _export_journal(
     served: CurrentModel, settings: Settings, journal_url: str, remove_events: bool = False, other_journal: bool = False
 ) -> Mapping[str, Any]:
-    """Write the batches that the model's tables don't include to files of the logs.
+    """Write the journal's batches that the model's tables lack to files of the logs.
 
-    Returns the journal's `id`, and the position `through` which the logs' files include the journal.
+    Returns the journal's `id`, and as `through` the position up to which the files now include the journal.
     """
     schema, included = settings.schema_, served.artifact.journal
     journal = Journal(journal_url, create=False)
@@ -230,8 +230,8 @@ def update_tables(
         settings: Settings with the log. Their features must equal the artifact's.
         out: Folder of the new artifact. It isn't written if the log has no new files.
         rebuild: Whether to rebuild the tables from all rows of the log.
-        journal: ID and last position of the journal in the files of the log (`ArtifactInfo.journal`). If None, they
-            come from the names of the files or from the artifact, where the position is later.
+        journal: Journal that the log's files include, as in `ArtifactInfo.journal`: its `id`, and the position
+            `through` of its last batch there. None derives both from the artifact and the names of the files.
 
     Returns:
         The new tables, None if the log has no new files.
@@ -266,10 +266,10 @@ def tables_time(info: ArtifactInfo) -> int:
 
 
 def _latest_journal(before: Mapping[str, Any] | None, named: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Return the ID and last position of the journal that updated tables include.
+    """Return the journal that updated tables include, as in `ArtifactInfo.journal`.
 
-    `before` comes from the tables before the update, `named` from the names of their files. The larger position counts,
-    because batches of only duplicates leave no file. If the journals differ, `named` counts.
+    `before` is the journal of the previous tables, and `named` the one in the names of the updated tables' files. The
+    later position counts, because batches of only duplicates leave no file. If the IDs differ, `named` counts.
     """
     if before is None or named is None or before["id"] != named["id"]:
         return before if named is None else named
@@ -277,7 +277,7 @@ def _latest_journal(before: Mapping[str, Any] | None, named: Mapping[str, Any] |
 
 
 def _open_logs(features: Path, settings: Settings, included_files: IncludedFiles | None) -> Logs:
-    """Open the logs as the model's features read them. Raise UserError if the settings have other features."""
+    """Open the settings' logs for the model's features. Raise UserError if the settings define other features."""
     pipeline = FeaturePipeline.load(features, stores=False)
     reject_plain_table(pipeline.schema, "a refresh of a model's tables")
     types = None if included_files is None else [log.types for log in included_files.logs]

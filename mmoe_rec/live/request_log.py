@@ -261,7 +261,7 @@ class LoggedReply:
     def to_table(self) -> pa.Table:
         """Return one row for each candidate of the reply, best first.
 
-        Raises UserError if a column of the log has the name of an added column.
+        Raises UserError if a column of the interaction log has the name of a column that the request log adds.
         """
         reply, ranked_request, count = self.reply, self.reply.ranked_request, len(self.reply.scores)
         rows, row_indices = ranked_request.rows, ranked_request.first + np.array(reply.order, np.int64)
@@ -290,10 +290,10 @@ class LoggedReply:
 
 
 def check_reserved_columns(columns: Iterable[str], added: Iterable[str]) -> None:
-    """Raise UserError if a column of the log has the name of an added column.
+    """Raise UserError if a column of the interaction log has the name of a column that the request log adds.
 
     Args:
-        columns: Columns of the log.
+        columns: Columns of the interaction log.
         added: Columns that the request log adds.
     """
     if both := {*columns} & {*added}:
@@ -301,7 +301,7 @@ def check_reserved_columns(columns: Iterable[str], added: Iterable[str]) -> None
 
 
 def _hash_ranked_inputs(ranked_request: RankedRequest, row_indices: np.ndarray) -> dict[str, np.ndarray]:
-    """Hash the model's inputs for the M rows of a batch that are listed. Return feature -> (M,) int32 hashes."""
+    """Hash the model's inputs of M candidates, given their rows in the batch. Return feature -> (M,) int32 hashes."""
     by_request, by_row = ranked_request.inputs
     request_indices = np.full(len(row_indices), ranked_request.number)
 
@@ -321,8 +321,8 @@ def hash_features(
 ) -> dict[str, np.ndarray]:
     """Hash the inputs of each feature for N rows, so that served and offline rows can be compared.
 
-    Placement is left out because it is unknown in serving. A hash is multilinear (Lemire and Kaser 2014): the sum over
-    inputs of value times a fixed odd number, modulo 2^64, then mixed. Of a float32 input, the bits are the value.
+    Inputs that say where a candidate was shown are left out, because a server doesn't know them. Hashes are multilinear
+    (Lemire and Kaser 2014): each input is multiplied by a fixed odd number, and the sum modulo 2^64 is mixed.
 
     Args:
         ids: Input name -> (N,) integers, or `Ragged` for lists of IDs.

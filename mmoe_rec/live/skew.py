@@ -2,7 +2,7 @@
 
 For each feature, a server logs a digest (hash) of the values that the model read. This module computes the same digests
 offline, with the steps of a feature build and the model's own encoders. It recomputes counters and histories from the
-log, point in time, to find errors in stored ones. DuckDB joins the served and the offline rows.
+log as of each request, to find errors in the served ones. DuckDB joins the served and the offline rows.
 """
 
 import json
@@ -40,7 +40,7 @@ from mmoe_rec.tracking.registry import resolve_model
 
 REPORT_FILE = "skew.json"
 ABSOLUTE_TOLERANCE = 1e-5
-"""Limit on the difference of two values, multiplied by the value if that exceeds 1. Small differences are normal."""
+"""Limit on the absolute difference of two values, or the relative difference above 1. Small differences are normal."""
 RELATIVE_TOLERANCE = 1e-3
 """Second limit for probabilities and scores, as a fraction of the value. The first is too loose for small values."""
 MAX_EXAMPLES = 3
@@ -83,7 +83,7 @@ _SKIP_DESCRIPTIONS = {
 #   still compared if its request ID matches a row of the log.
 # - `matched`: the served rows that can be compared.
 # - `missing`: rows of the log that no logged reply contains, although the replies to their request contain all
-#   candidates. Also one row for each request whose reply was logged only in part.
+#   candidates. Also one row of the log for each request whose reply was logged only in part.
 _JOIN = f"""
 CREATE TABLE offline AS SELECT * FROM log_rows QUALIFY row_number() OVER (PARTITION BY key ORDER BY number) = 1;
 CREATE TABLE marked AS
@@ -170,7 +170,7 @@ def check_skew(
 
 
 def _read_request_log(folder: Path, schema: Schema) -> pa.Table:
-    """Read the files of a request log. If the schema has a request column, the rows get this column, too."""
+    """Read the files of a request log. Copy the request IDs to the schema's request column, if the schema has one."""
     columns, tables = schema.columns, list[pa.Table]()
     try:
         for file in find_files(str(folder), "--requests"):
@@ -190,7 +190,7 @@ def _require_columns(table: pa.Table, columns: list[str]) -> None:
 
 
 def _score_offline(logs: Logs, model: Path, window: tuple[int, int], scratch: Path) -> pa.Table:
-    """Score the log's rows with request times in the `window` (start and exclusive end), point in time.
+    """Score the log's rows with request times in the `window` (start and exclusive end), with features as of that time.
 
     The result has the same columns of IDs, digests, predictions and scores as the request log.
     """
@@ -235,7 +235,7 @@ def _score(ranker: Ranker, rows: LogRows) -> pa.Table:
 def _create_side(
     database: Database, name: str, table: pa.Table, schema: Schema, values: list[str], more: list[str]
 ) -> None:
-    """Create the database table of served or offline rows. The `values` to compare become columns `v0`, `v1` ..."""
+    """Create the table of served or offline rows. Columns `values` become `v0`, `v1` ...; `more` keep their names."""
     rows, columns = LogRows(table, schema), schema.columns
     side = {"key": rows.row_hashes(), "request_key": rows.request_hashes(), "user_key": rows.hashes([columns.user])}
     side |= {"number": pa.array(range(len(table)), pa.int64()), "time_us": rows.times()}
@@ -303,7 +303,7 @@ def _compare(
 
 
 def _regression_factor(values: list[str], weights: Mapping[str, float]) -> str:
-    """Return SQL for a factor of the offline score that replaces its regression predictions by the served ones.
+    """Return SQL for a factor that replaces the regression predictions in an offline score by the served ones.
 
     The score is a product of powers of predictions. Rounding may change a small regression prediction, and so the
     score, by a large factor. Regression predictions are compared separately.

@@ -112,7 +112,7 @@ class _BoundedProtocol(_Base):
         self._timer = self.loop.call_later(self._seconds, self._check, self._progress)
 
     def _check(self, progress: int) -> None:
-        """Close the connection if it made no progress since the last check. Calls being answered have own timeouts."""
+        """Close the connection, unless `_progress` changed or a call is being answered, which has its own timeout."""
         is_answering = self.cycle is not None and not self.cycle.response_complete and not self.cycle.disconnected
         is_sent = self.transport.get_write_buffer_size() == 0
         if progress != self._progress or (is_answering and is_sent):

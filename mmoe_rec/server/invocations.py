@@ -125,8 +125,8 @@ class InvocationHandler:
         model = self.models.current.describe()
         for request, answer in zip(call.requests, answers, strict=True):
             if isinstance(answer, Ranking) and isinstance(request, Request):
-                # A ranking doesn't contain the registered name and version of its model. If that model was replaced in
-                # the meantime, the request log leaves both empty.
+                # A ranking doesn't contain the registered name and version of its model. If another model is served by
+                # now, the request log leaves both empty.
                 is_current = answer.model["version"] == model["artifact"]
                 name, version = (model["model"], model["version"]) if is_current else (None, None)
                 log.offer(answer, request.task_weights, name, version)
@@ -145,7 +145,7 @@ async def handle_call(
     Args:
         answer: Returns the body of the reply, or raises HttpError.
         limiter: Limit on the concurrent calls of the endpoint.
-        count: Receives the reason if the call is refused.
+        count: Receives the reason if the call gets an error reply, or if its caller disconnects.
 
     Returns:
         The reply, as JSON.
@@ -176,7 +176,7 @@ def error_response(refused: HttpError) -> Response:
 
 
 def _parse_query(query: Mapping[str, str]) -> tuple[bool, str | None]:
-    """Return the query parameters `partial` (errors may replace elements) and `after` (a position of the journal)."""
+    """Return `partial` (whether an error replaces each invalid element) and `after` (journal position to wait for)."""
     for name in query:
         if name not in ("partial", "after"):
             problem = f"/invocations has no query parameter {quoted(name)}"
@@ -236,7 +236,7 @@ def parse_json(body: bytes, limits: Serving) -> Any:
 
     Args:
         body: Bytes of the body.
-        limits: Limits, of which this uses the depth of nesting.
+        limits: Limits of calls. Only `max_depth` is used.
 
     Raises:
         HttpError: The body is not valid JSON or too deeply nested.

@@ -3,9 +3,9 @@
 A new model must rank the example request in its artifact before it replaces the old model. One process loads the model
 and writes it to memory that all workers map (`write_shared`).
 
-With a journal, a model ingests the events that its tables lack (`EventIngester`). The artifact names the journal whose
-events its tables contain, and the last position in the tables. If it names a different journal or none, the model
-ingests only rows later than its tables, because earlier rows may already be in the tables.
+With a journal, a model ingests the events that its tables of counters and histories lack (`EventIngester`). The
+artifact names the journal whose events the tables contain, and the position of their last batch. If the artifact names
+a different journal or none, the model ingests only rows later than the tables, which may contain the earlier rows.
 """
 
 import io
@@ -43,7 +43,8 @@ class IngestOutcome(StrEnum):
     Attributes:
         ACCEPTED: The journal contains the row.
         DUPLICATE: The journal already had the row and skipped it.
-        IN_TABLES: The model ignores the row because its tables may contain it. The row also counts as `ACCEPTED`.
+        IN_TABLES: The model ignores the row because the model's tables may already contain the row. The row also counts
+            as `ACCEPTED`.
     """
 
     ACCEPTED = "accepted"
@@ -69,14 +70,14 @@ class ModelUpdate:
 
 
 class EventIngester:
-    """Updates one model with the events of a journal. Call `read`, then `apply`, and so on, from any thread.
+    """Updates one model with the events of a journal. Apply each update before the next `read`, in any thread.
 
     Attributes:
         ranker: Ranker of the model.
         journal: The open journal.
         schema: Schema of the model.
         position: Position in the journal of the last batch that the model includes.
-        events_failure: Why the model will always lack some events, as a sentence. None if it can include all.
+        events_failure: Why the model will always lack some events, as a sentence. None if the model can ingest all.
         validator: Checks of the rows that callers send for the journal.
     """
 
@@ -117,7 +118,7 @@ class EventIngester:
             self.apply(update)
 
     def read(self, max_rows: int = READ_CHUNK_ROWS) -> ModelUpdate | None:
-        """Read new rows and prepare the model's next state, or return None. Raise UserError for a damaged journal."""
+        """Prepare the model's next state from new rows, None without any. Raise UserError for a damaged journal."""
         if not (batches := self.journal.read(self.position, max_rows)):
             return None
         rows = dict[str | None, LogRows]()
@@ -160,7 +161,8 @@ class ServedModel:
     def describe(self) -> dict[str, str | None]:
         """Return the model's identity for replies and metrics.
 
-        `model` and `version` come from the registry, if the model does. `artifact` is the version that replies contain.
+        `model` and `version` are the registered name and version. If the model's URI has no version number, they are
+        the artifact's name and None. `artifact` is the version that replies contain.
         """
         registered, info = _REGISTERED.match(self.source.uri), self.ranker.info
         return {

@@ -27,8 +27,7 @@ class ServerOptions:
     Attributes:
         limits: Limits of calls.
         setting_overrides: Settings that replace the settings of each served model.
-        grace_seconds: Maximum seconds in which the server ends once its port is closed. Calls that take longer are
-            dropped.
+        grace_seconds: Maximum seconds from closing the port until the server ends. Calls that take longer are dropped.
         token: Token that callers must send. If None, callers need no token.
         journal: URL of the journal. If None, the server accepts no events.
         request_log: Options of the request log. If None, requests are not logged.
@@ -148,7 +147,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 
 def listen(bound: socket.socket) -> None:
-    """Accept connections. Raise UserError if another program already listens on the port."""
+    """Start to accept connections. Raise UserError if another program already listens on the port."""
     try:
         bound.listen(BACKLOG)
     except OSError as error:
@@ -174,12 +173,12 @@ def log_to_stderr() -> None:
 
 
 def error_message(error: BaseException) -> str:
-    """Return the message of a UserError. For other errors, return the kind and the text in one line."""
+    """Return the message of a UserError. For other errors, return the class and the message in one line."""
     return str(error) if isinstance(error, UserError) else one_line(error)
 
 
 def end_process(code: int) -> NoReturn:
-    """End the process at once. Freeing a large model would take Python seconds."""
+    """End the process at once. A normal exit could spend seconds on freeing a large model."""
     logging.shutdown()
     with suppress(OSError):  # The terminal may be closed.
         sys.stdout.flush()

@@ -173,7 +173,7 @@ def _rank_batch(ranker: Ranker, calls: Sequence[Sequence[Request | RequestError]
         if len(calls) > 1:
             return [_rank_batch(ranker, [call])[0] for call in calls]
         _log.exception("the model failed")
-        # MLflow's server returns the text of a RuntimeError. Other errors may reveal details of this machine.
+        # Like MLflow's server, reply with the text of a RuntimeError. Other texts may reveal details of this machine.
         sentence = "the model failed; the server's log has the reason"
         if type(error) is RuntimeError:
             sentence = " ".join(str(error).split())
@@ -251,7 +251,7 @@ class JournalFollower:
             if (failure := error_message(error)) != self.failure:
                 _log.error("the model can't ingest more events: %s", failure, exc_info=not isinstance(error, UserError))
             self.failure, rest = failure, _PAUSE_AFTER_FAILURE_SECONDS
-        live = self.ingester.ranker.pipeline.live  # Includes the rows that were ingested before serving began.
+        live = self.ingester.ranker.pipeline.live  # Has the rows ingested before serving, too.
         self._metrics.live_rows.set(live.rows)
         return rest
 
@@ -269,7 +269,7 @@ class JournalFollower:
 
 
 def _follow(follower: "weakref.ref[JournalFollower]", wake: threading.Event) -> None:
-    """Poll until the follower is freed, which a strong reference would prevent. Setting `wake` ends a pause."""
+    """Poll until the follower is freed, which holding a strong reference would prevent. `wake` ends a pause early."""
     while (alive := follower()) is not None:
         rest = alive.poll()
         del alive

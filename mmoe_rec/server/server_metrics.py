@@ -28,8 +28,8 @@ class Metrics:
         """Set up the metrics.
 
         Args:
-            name: Name for the metric files of this worker, whose counters continue if a replaced worker had the same
-                name. None keeps the metrics in memory.
+            name: Name for this worker's metric files. The counters of an earlier worker with this name continue. None
+                keeps the metrics in memory.
         """
         if name is not None:
             values.ValueClass = values.MultiProcessValue(lambda: name)

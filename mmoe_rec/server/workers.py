@@ -103,7 +103,7 @@ class Reloader:
 
         Args:
             finder: Finds models.
-            fingerprint: Fingerprint of the served model, which the finder returned before it found the model.
+            fingerprint: Result of `finder.fingerprint()` from just before the served model was fetched.
             deploy: Loads a model and serves it. Raises UserError if the model can't be loaded.
         """
         self._finder, self._deploy = finder, deploy
@@ -127,9 +127,9 @@ class Reloader:
                 callback(failure)
 
     def reload_if_changed(self, is_requested: bool) -> str | None:
-        """Deploy the model at the URI if it has changed. Return the reason if that fails, otherwise None.
+        """Deploy the model at the URI if its fingerprint has changed. Return why that failed, None otherwise.
 
-        A model that can't be loaded is tried again only on request or after the fingerprint changes.
+        On request, also deploy a model without a fingerprint, and retry a model that could not be loaded.
         """
         try:
             fingerprint = self._finder.fingerprint()
@@ -164,7 +164,7 @@ def serve_by_workers(
 
     Args:
         source: Model to serve first.
-        fingerprint: Fingerprint of the first model, which the finder returned before it found the model.
+        fingerprint: Result of `finder.fingerprint()` from just before `source` was fetched.
         finder: Finds new models.
         bound: Bound socket to listen on.
         options: Options of the server.
@@ -230,7 +230,7 @@ class _Worker:
 
     process: BaseProcess
     pipe: Connection
-    since: float = field(default_factory=time.monotonic)  # Time of the start.
+    since: float = field(default_factory=time.monotonic)  # Start by the monotonic clock.
     is_deployed: threading.Event = field(default_factory=threading.Event)
 
 
@@ -315,7 +315,7 @@ class _Parent:
             worker.pipe.close()
         worker.is_deployed.set()
         worker.process.join()
-        mark_process_dead(str(number))  # The metrics no longer add the worker's gauges. Its counters stay.
+        mark_process_dead(str(number))  # Drop the worker's gauges from the metrics. Its counters stay.
         _log.warning("worker %s ended by %s and is replaced", worker.process.pid, _describe_end(worker.process))
         self._starts[number] = worker.since + _PAUSE_SECONDS
 
