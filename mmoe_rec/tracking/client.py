@@ -53,7 +53,7 @@ def read_sqlite_path(tracking_uri: str) -> Path | None:
 
 
 def connect(tracking_uri: str) -> Any:
-    """Import mlflow and set its tracking and registry URI."""
+    """Return the module mlflow, with its tracking and registry URI set."""
     store = read_sqlite_path(tracking_uri)
     if store is not None:
         try:
@@ -61,7 +61,7 @@ def connect(tracking_uri: str) -> Any:
         except OSError as error:
             raise UserError(f"folder '{store.parent}' of the MLflow store can't be created: {error.strerror}") from None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # from MLflow's own imports
+        warnings.simplefilter("ignore", DeprecationWarning)  # MLflow's own imports raise these warnings.
         import mlflow
         import mlflow.pyfunc
 
@@ -74,7 +74,7 @@ def connect(tracking_uri: str) -> Any:
 
 
 def make_store(tracking_uri: str) -> None:
-    """Create a SQLite store with all its tables atomically, because MLflow can't use a partly created store."""
+    """Create a missing SQLite store with all its tables atomically. MLflow can't use a partly created store."""
     store = read_sqlite_path(tracking_uri)
     if store is not None and not store.exists():
         mlflow = connect(tracking_uri)
@@ -89,7 +89,7 @@ def translate_errors(tracking_uri: str, model_uri: str | None = None, catch_all:
     Args:
         tracking_uri: URI of the MLflow server or store.
         model_uri: URI of the model to look up, for messages.
-        catch_all: Whether to translate all exceptions, such as errors of a vendor's storage library.
+        catch_all: Whether to also translate exceptions of other libraries than MLflow and SQLAlchemy.
 
     Raises:
         UnreachableError: MLflow does not answer.
@@ -110,7 +110,7 @@ def translate_errors(tracking_uri: str, model_uri: str | None = None, catch_all:
         raise
     except MlflowException as error:
         status = error.get_http_status_code()
-        # MLflow also uses 500 for errors without a code of their own.
+        # MLflow also gives status 500 to its own errors. Errors of requests to the server have this text.
         if status == 503 or (status >= 500 and "API request to" in str(error)):
             raise UnreachableError(f"{server} does not answer ({summarize(error)})") from None
         raise UserError(f"{refusal}: {summarize(error).rstrip('.')}") from None
@@ -118,7 +118,7 @@ def translate_errors(tracking_uri: str, model_uri: str | None = None, catch_all:
         raise UnreachableError(f"{server} can't be used: {summarize(error)}") from None
     except sqlalchemy.exc.SQLAlchemyError as error:
         raise UserError(f"{server} can't be used: {summarize(error)}") from None
-    except Exception as error:  # from a vendor's storage library
+    except Exception as error:  # A storage vendor's library has raised it.
         if not catch_all:
             raise
         kind = UnreachableError if re.search("Connect|Timeout", type(error).__name__) else UserError
@@ -134,7 +134,7 @@ def open_client(
     Args:
         tracking_uri: URI of the MLflow server or store.
         model_uri: URI of the model to look up, for messages.
-        timeouts: Environment variables of `client_timeouts`.
+        timeouts: Environment variables to set, see `client_timeouts`.
     """
     mlflow = connect(tracking_uri)
     with client_timeouts(timeouts), translate_errors(tracking_uri, model_uri):
@@ -180,7 +180,7 @@ def truncate_markdown(markdown: str, max_chars: int) -> str:
 
 @contextmanager
 def client_timeouts(timeouts: dict[str, str]) -> Iterator[None]:
-    """Set the timeouts and retries of MLflow's client. Variables that the user's environment sets stay as they are."""
+    """Set environment variables of MLflow's client within the context, except variables that the user has set."""
     variables = timeouts | _ALWAYS
     previous = {name: os.environ.get(name) for name in variables}
     changed = {name: value for name, value in variables.items() if previous[name] in (None, SHORT_TIMEOUTS.get(name))}

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 CHALLENGER_ALIAS = "challenger"  # Alias of a new model that is not better than the champion.
 # The tag `replaced.ALIAS` of a version contains the number of the version that had ALIAS before.
 _REPLACED_TAG = "replaced"
-_MAX_DESCRIPTION_CHARS, _MAX_TAG_CHARS = 4900, 4000  # databases behind MLflow accept 5,000
+_MAX_DESCRIPTION_CHARS, _MAX_TAG_CHARS = 4900, 4000  # Databases of MLflow accept 5,000 characters.
 _UNUSED_VERSION, _NOT_FOUND = "2147483647", "RESOURCE_DOES_NOT_EXIST"
 
 
@@ -65,7 +65,7 @@ def load_ranker(model: str | Path, tracking_uri: str | None = None) -> "Ranker":
 
 # A registered model requires the installed versions of these packages. tzdata is for systems without time zones.
 SERVED_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "pydantic", "safetensors", "torch", "tzdata")
-# Parts of this package that scoring imports.
+# Files and folders of this package that a registered model contains, because scoring imports them.
 SERVED_CODE = (
     "__init__.py",
     "errors.py",
@@ -123,10 +123,10 @@ def fetch_model(model_uri: str, tracking_uri: str) -> Path:
 
 
 def find_run_id(model_uri: str, tracking_uri: str) -> str | None:
-    """Return the ID of the run that made a registered model. None for other models and deleted runs.
+    """Return the ID of the run that made a model. None if the run was deleted or is unknown.
 
     Args:
-        model_uri: URI of the model.
+        model_uri: Path or URI of the model. Only URIs with `models:` lead to a run.
         tracking_uri: URI of the MLflow server or store.
     """
     if _read_scheme(model_uri) != "models":
@@ -149,10 +149,10 @@ def find_run_id(model_uri: str, tracking_uri: str) -> str | None:
 
 
 def pin_model_uri(model_uri: str, tracking_uri: str) -> str:
-    """Replace the alias in a registry URI by the version that has it. Other URIs stay as they are.
+    """Replace an alias, `latest` or a stage in a `models:` URI by the version number that it stands for now.
 
     Args:
-        model_uri: URI of the model.
+        model_uri: Path or URI of the model. Any other path or URI is returned as it is.
         tracking_uri: URI of the MLflow server or store.
     """
     if _read_scheme(model_uri) != "models" or Path(model_uri).exists():
@@ -209,7 +209,7 @@ class ModelVersion:
         return f"models:/{self.name}/{self.number}"
 
     def find_previous_champion(self, alias: str) -> str | None:
-        """Return the number of the version that had `alias` before. None if it is unknown."""
+        """Return the number of the version that had `alias` directly before this version. None if it is unknown."""
         return self.tags.get(f"{_REPLACED_TAG}.{alias}")
 
 
@@ -265,7 +265,7 @@ def move_alias(name: str, alias: str, number: str, tracking_uri: str, previous: 
         alias: The alias.
         number: Number of the version.
         tracking_uri: URI of the MLflow server or store.
-        previous: Version that had the alias, to store for `ModelVersion.find_previous_champion`.
+        previous: Version that had the alias, to record for `ModelVersion.find_previous_champion`. None records nothing.
     """
     with open_client(tracking_uri) as client:
         if previous is not None and previous.number != number:
@@ -274,10 +274,10 @@ def move_alias(name: str, alias: str, number: str, tracking_uri: str, previous: 
 
 
 def clear_previous_champion(version: ModelVersion, alias: str, tracking_uri: str) -> None:
-    """Remove the tag of a version that names the previous champion, see `ModelVersion.find_previous_champion`.
+    """Remove the record of the version that had an alias before, so that `find_previous_champion` returns None.
 
     Args:
-        version: The version.
+        version: Version that has the record.
         alias: The alias.
         tracking_uri: URI of the MLflow server or store.
     """
@@ -286,15 +286,15 @@ def clear_previous_champion(version: ModelVersion, alias: str, tracking_uri: str
 
 
 def delete_old_versions(name: str, tag: str, keep: int, tracking_uri: str) -> list[str]:
-    """Delete old versions of a model that have a tag, with their files, and return the numbers of these versions.
+    """Delete old versions of a model, with their files, and return the numbers of the deleted versions.
 
-    Versions stay if they have an alias or a stage, if they had an alias directly before the current version (so that
+    Versions stay if they have an alias or a stage, if they had an alias directly before its current version (so that
     the alias can move back), or if another version uses their files.
 
     Args:
         name: Name of the registered model.
-        tag: Name of the tag.
-        keep: Number of further versions to keep, newest first.
+        tag: Name of a tag. Only versions with this tag are deleted.
+        keep: Number of further versions with the tag to keep, newest first.
         tracking_uri: URI of the MLflow server or store.
     """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -325,7 +325,7 @@ def delete_old_versions(name: str, tag: str, keep: int, tracking_uri: str) -> li
 
 
 def describe_version(version: ModelVersion, text: str, tags: Mapping[str, str], tracking_uri: str) -> None:
-    """Write the description and tags of a version. Only print errors, because descriptions are optional.
+    """Write the description and tags of a version. Print errors instead of raising them.
 
     Args:
         version: The version.
@@ -358,7 +358,7 @@ def tag_version(version: ModelVersion, tags: Mapping[str, str], tracking_uri: st
 
 
 def check_registry_names(tracking_uri: str, model: str, alias: str) -> None:
-    """Check with the registry that it would accept a model name and an alias.
+    """Check that the registry would accept a model name and an alias. Create a missing SQLite store.
 
     Args:
         tracking_uri: URI of the MLflow server or store.
@@ -392,7 +392,7 @@ def register_model(
     """Log an artifact folder as the run's model, register the model, and return the number of the new version.
 
     Args:
-        run: A recorded run.
+        run: A run that is recorded in MLflow, so it has an outbox.
         artifact_folder: Artifact folder of the model.
         name: Name of the registered model.
         alias: Alias for the new version. None sets no alias.
@@ -436,7 +436,7 @@ def build_log_model_args(artifact_folder: Path, scratch: Path) -> dict[str, Any]
 
     Args:
         artifact_folder: Artifact folder of the model.
-        scratch: Empty folder that exists until the model is logged.
+        scratch: Empty folder for a copy of this package's code. Keep it until the model is logged.
     """
     package = Path(__file__).parents[1]
 
@@ -459,7 +459,7 @@ def build_log_model_args(artifact_folder: Path, scratch: Path) -> dict[str, Any]
 
 
 def _signature(tasks: Sequence[ModelTask]) -> Any:
-    """Build the signature with the parameters of `request_reader.REQUEST_OPTIONS`.
+    """Build MLflow's signature, whose parameters are the options of a request (`request_reader.REQUEST_OPTIONS`).
 
     Without a signature, MLflow would take the example's parameters as defaults and require all task weights.
     """
@@ -482,10 +482,10 @@ def _signature(tasks: Sequence[ModelTask]) -> Any:
 
 
 def find_registered_version(run: Run, name: str) -> str | None:
-    """Return the number of the version that a run has already registered. None if there is none.
+    """Return the number of the version of a model that a run has already registered. None without such a version.
 
     Args:
-        run: The run.
+        run: Run that may have registered the model.
         name: Name of the registered model.
     """
     import mlflow

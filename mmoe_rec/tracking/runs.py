@@ -35,17 +35,17 @@ MAX_WAIT_SECONDS = 120.0  # Time to wait for MLflow, for commands that can do no
 _PAUSE_SECONDS = 5.0  # Pause between attempts to reach MLflow.
 _RESUME_KEY_TAG = "training_key"
 _DESCRIPTION_TAG = "mlflow.note.content"  # MLflow shows this tag as the run's description, in Markdown.
-_MAX_SECTION_CHARS = 1900  # MLflow truncates descriptions to 8,000 characters.
+_MAX_SECTION_CHARS = 1900  # Four sections fit into 8,000 characters, to which MLflow truncates a description.
 # This tag marks an experiment as model training, not as an LLM application.
 _EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")
 _CONTEXTS = {"train": "training", "validation": "validation", "test": "test"}
-_QUIET_LOGGERS = {"mlflow.system_metrics": logging.CRITICAL}  # Hide messages about an unreachable server.
+_QUIET_LOGGERS = {"mlflow.system_metrics": logging.CRITICAL}  # Hide its messages about an unreachable server.
 
 
-# Messages that can't be sent are saved in `unsent/RUN.jsonl`, one per line, with the contents of files to upload. To
-# keep the order, all later messages are saved too. The saved messages are sent at the end of the run, or else by the
-# next command in the same folder. If a command is killed while it sends them, the next command sends all of them
-# again. MLflow ignores repeated messages.
+# Messages that can't be sent are saved in `unsent/RUN.jsonl`, one per line, with the contents of files to upload. Once
+# MLflow does not answer, all later messages are saved too, to keep the order. The saved messages are sent at the end of
+# the run, or else by the next command in the same folder. If a command is killed while it sends them, the next command
+# sends all of them again. MLflow ignores repeated messages.
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Message:
 
     Attributes:
         kind: Part of the run to change.
-        values: Values to record, in the form that the function `_deliver` expects for the kind.
+        values: Values to record, in the form that the function `_deliver` expects for each kind.
         file: File to upload, for the kind `file`.
     """
 
@@ -71,7 +71,7 @@ class Outbox:
         send: Sends one message. Raises UnreachableError if MLflow does not answer, UserError if MLflow refuses.
 
     Attributes:
-        last_error: Error of the last message. None if it was sent.
+        last_error: Last error of sending a message, None without one. `flush` resets it before it sends.
     """
 
     def __init__(self, file: Path | None, send: Callable[[Message], None]) -> None:
@@ -79,7 +79,7 @@ class Outbox:
         self.last_error: UserError | None = None
 
     def put(self, message: Message) -> None:
-        """Send a message, or save it to the file. Raises UserError if it can't be saved."""
+        """Send a message. If this fails, save the message to the file, or raise UserError if it can't be saved."""
         if self.file is None:
             self._send(message)
         elif not self._deliver(message):
@@ -97,7 +97,7 @@ class Outbox:
                 ) from None
 
     def flush(self, seconds: float = 0.0) -> None:
-        """Send the saved messages. Retry while MLflow doesn't answer, and store errors in `last_error`."""
+        """Send the saved messages. Retry for `seconds` if MLflow doesn't answer, and store an error in `last_error`."""
         deadline = time.monotonic() + seconds
         while self.file is not None and self.file.exists():
             with self._lock(self.file):
@@ -109,7 +109,7 @@ class Outbox:
             time.sleep(min(remaining, _PAUSE_SECONDS))
 
     def _send_saved(self, file: Path) -> None:
-        """Send saved messages until MLflow stops answering. Refused messages stay in the file."""
+        """Send saved messages until MLflow stops answering. Unsent and refused messages stay in the file."""
         unsent, self.last_error = list[str](), None
         with tempfile.TemporaryDirectory() as scratch:
             for line in file.read_text(encoding="utf-8").split("\n"):
@@ -153,8 +153,8 @@ class Run:
 
     Attributes:
         run_id: ID of the run.
-        outbox: Outbox for messages.
-        url: URL of the run's page, or a description of the run for a local store.
+        outbox: Sender of the run's messages.
+        url: URL of the run's page, or a description of the run if its store has no pages.
         params: Settings that were logged before the run was resumed.
         last_steps: Metric name -> last step that was logged before the run was resumed.
         description: Description of the run, in Markdown.
@@ -189,7 +189,7 @@ class Run:
         self.log_inputs(inputs)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log settings under names such as `model.experts.count`.
+        """Log nested settings under names such as `model.experts.count`.
 
         MLflow can't change a logged setting. Changed values of a resumed run are logged as tags `resumed.NAME`.
         """
@@ -199,11 +199,11 @@ class Run:
         self.set_tags({f"resumed.{name}": value for name, value in changed.items()})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log metrics. Steps that were logged before the run was resumed are skipped.
+        """Log metrics, except steps that were logged before the run was resumed.
 
         Args:
             metrics: Values by name.
-            step: Training step. None for metrics without steps.
+            step: Training step. None for metrics without steps, which are logged as step 0.
         """
         new = {
             name: float(value)
@@ -211,7 +211,7 @@ class Run:
             if step is None or step > self.last_steps.get(name, -1)
         }
         if new:
-            # MLflow ignores a repeated value with the same time and step.
+            # The time lets MLflow ignore a value that is sent again, because its time and step are the same.
             self._queue("metrics", {"time": _now(), "step": step or 0, "metrics": new})
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
@@ -303,7 +303,7 @@ def open_run(
     max_wait_seconds: float = 0.0,
     log_system_metrics: bool = False,
 ) -> Iterator[Run]:
-    """Start a run, or continue an existing run. At the end of the context, the run is finished, killed or failed.
+    """Start or continue a run. It ends with the context: FINISHED, KILLED (by a request to stop) or FAILED.
 
     Args:
         tracking_uri: URI of the MLflow server or store.
@@ -312,14 +312,14 @@ def open_run(
         run_id: ID of a run to continue.
         resume_key: Key of the run. A later call with the same key continues the run.
         parent_run_id: ID of the open run to nest this run under.
-        enabled: Whether to record the run. Pass False on all ranks except the first, so that only one rank records.
+        enabled: Whether to record the run. If false, the yielded `Run` does nothing. Only one rank should record.
         outbox_folder: Folder for messages that can't be sent. Messages that any run left there are sent first. Without
             a folder, a message that can't be sent raises UserError.
-        max_wait_seconds: Seconds to wait for MLflow to answer at the beginning.
+        max_wait_seconds: Seconds to retry at the beginning while MLflow does not answer.
         log_system_metrics: Whether MLflow logs the use of processors, memory, disk, network and GPUs.
 
     Raises:
-        UserError: The URI can't be used, the experiment was deleted, or there is no such run.
+        UserError: MLflow does not answer or can't be used, the experiment was deleted, or there is no such run.
     """
     if not enabled:
         yield Run(run_id)
@@ -357,14 +357,14 @@ def open_run(
             status = "KILLED"
             raise
         finally:
-            with nullcontext() if status == "FINISHED" else suppress(UserError):  # Don't hide the original error.
+            with nullcontext() if status == "FINISHED" else suppress(UserError):  # Don't hide the error of the run.
                 run.end(status)
             with suppress(Exception), translate_errors(tracking_uri, catch_all=True):
                 mlflow.end_run(status)  # Close the run in this process too.
 
 
 def _wait_for_experiment(mlflow: Any, tracking_uri: str, name: str, max_wait_seconds: float) -> str:
-    """Return an experiment's ID, creating the experiment if necessary. Wait some seconds for MLflow to answer."""
+    """Return an experiment's ID, creating the experiment if necessary. Retry while MLflow does not answer."""
     deadline = time.monotonic() + max_wait_seconds
     while True:
         try:
@@ -407,7 +407,7 @@ def check_server(tracking_uri: str, experiment: str, *, outbox_folder: Path) -> 
     Args:
         tracking_uri: URI of the MLflow server or store.
         experiment: Name of the experiment.
-        outbox_folder: Folder for messages that can't be sent.
+        outbox_folder: Folder of the saved messages of all runs.
 
     Raises:
         UserError: MLflow does not answer, or refuses the experiment.
@@ -503,7 +503,7 @@ def name_run(settings: Settings, start: str | None = None) -> str:
 
     Args:
         settings: Settings of the run.
-        start: URI of the model to start from.
+        start: URI of the model to start from, None for random weights.
     """
     end = settings.split.train_end
     until = "" if end is None else f" until {end:%Y-%m-%d}"
@@ -512,7 +512,7 @@ def name_run(settings: Settings, start: str | None = None) -> str:
 
 
 def describe_datasets(settings: Settings, manifest: Mapping[str, Any], *splits: str) -> list[dict[str, Any]]:
-    """Describe splits of a log as data sets, for `Run.log_inputs`. Each split has its own digest, which MLflow needs.
+    """Describe splits of a log as data sets, for `Run.log_inputs`. MLflow tells the splits apart by their digests.
 
     Args:
         settings: Settings of the run.

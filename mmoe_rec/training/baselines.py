@@ -58,7 +58,7 @@ def measure_baselines(
         models |= {baseline: measure_model(rows, settings.evaluation.resamples) for baseline, rows in scored.items()}
         facts = ({"log": settings.data.log} if evaluated is None else evaluated.facts) | trees
         title = f"Baselines of {settings.name}"
-        # Slices of baselines aren't measured, so there is nothing to guard.
+        # Leave out the guardrails on slices, because slices of baselines aren't measured.
         rules = settings.evaluation.model_copy(update={"guardrail_slices": ()})
         results = Results(models, tuple(settings.tasks), rules, title, facts)
         write_results(results, out)
@@ -66,7 +66,7 @@ def measure_baselines(
 
 
 def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, PredictedRows], dict[str, str]]:
-    """Predict the test rows with each baseline. Return the predictions by baseline, and texts about the chosen trees.
+    """Return test predictions by baseline, and facts for the report, as from `fit_trees_per_task`.
 
     Without a column of candidates, there is no popularity baseline.
     """
@@ -118,7 +118,7 @@ def read_tree_inputs(settings: Settings, prepared: FeatureFolder, layout: Layout
 def fit_trees_per_task(
     settings: Settings, layout: Layout, train_rows: TreeInputs, held_out: TreeInputs
 ) -> tuple[list[Predictor], dict[str, str]]:
-    """Fit trees for each task, choose by the loss on the selection rows, and print the choices.
+    """Fit trees for each task by `fit_boosted_trees`, and print which trees have the lowest loss on the selection rows.
 
     Args:
         settings: Settings of the training.
@@ -127,7 +127,7 @@ def fit_trees_per_task(
         held_out: Selection rows.
 
     Returns:
-        A predictor for each task, and a text about each task's trees for the report.
+        A predictor for each task, and facts for the report: "gradient boosting of TASK" -> description of the trees.
 
     Raises:
         UserError: A task has too few labels.
@@ -168,9 +168,9 @@ def predict_calibrated(
 def _calibrate(
     settings: Settings, layout: Layout, held_out: TreeInputs, held_out_values: np.ndarray, values: np.ndarray
 ) -> np.ndarray:
-    """Calibrate the predictions `values`, shape (rows, tasks), by the method that calibrates models.
+    """Calibrate the predictions `values`, shape (rows, tasks), by the method `training.calibration`.
 
-    The calibration is fitted on `held_out_values`, the predictions for the selection rows.
+    The calibration is fitted on the selection rows `held_out`, whose predictions are `held_out_values`.
     """
     if settings.training.calibration == "none":
         return values

@@ -1,7 +1,7 @@
 """Gradient-boosted trees (LightGBM).
 
-The loss on held-out rows chooses the inputs of the trees, the number of leaves of each tree, and the number of trees.
-The held-out rows are the selection rows (one half of the validation users).
+The inputs of the trees, the leaves of a tree and the number of trees are chosen by the loss on held-out rows, which are
+the selection rows (one half of the validation users).
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def train_lightgbm(
     learning_rate: float,
     max_trees: int,
 ) -> Booster:
-    """Grow trees with LightGBM. `best_iteration` is the number of trees with the lowest loss on the held-out rows.
+    """Grow trees with LightGBM. The result's `best_iteration` is the number of trees with the lowest held-out loss.
 
-    Each tree reads a random two fifths of the columns. Reading a random half of the columns at each split instead gave
-    a higher loss and took twice the time.
+    Each tree reads a random two fifths of the columns, at least `MIN_COLUMNS_PER_TREE`. In a test, a random half of the
+    columns for each split gave a higher loss and took twice the time.
 
     Args:
         kind: Kind of the task.
@@ -103,10 +103,10 @@ def train_lightgbm(
 def fit_boosted_trees(
     kind: TaskKind, train: TreeInputs, validation: TreeInputs, seed: int = 0
 ) -> tuple[Predictor, str]:
-    """Grow trees on several views of the inputs, such as all inputs without IDs, and keep the best.
+    """Grow trees on several views of the inputs (see `_views`), such as all inputs without IDs, and keep the best.
 
-    The view, the number of leaves and the number of trees with the lowest validation loss are chosen, or the mean of
-    the two best views. Without enough labels in the validation rows, `DEFAULT_TREES` trees of the first view are used.
+    The best trees have the lowest validation loss over views, numbers of leaves and numbers of trees. The mean of the
+    two best views also competes. If validation rows have too few labels, `DEFAULT_TREES` trees of the first view win.
 
     Args:
         kind: Kind of the task.
@@ -152,11 +152,11 @@ def fit_boosted_trees(
             booster = train_lightgbm(kind, view_rows, view_held_out, leaves, seed, learning_rate, max_trees)
             count = booster.best_iteration or max_trees
             predictor, name = show(view, booster.predict), f"{count} trees of {leaves} leaves {view_name}"
-            if held_out is None:  # Without validation rows, there is nothing to choose by.
+            if held_out is None:  # Without a validation loss to choose by, take the first view.
                 return predictor, name
             candidates.append((measure_loss(predictor), leaves, name, predictor))
         loss, leaves, name, predictor = min(candidates, key=lambda candidate: candidate[0])
-        # To save time, only the first view of the inputs tries all numbers of leaves. Later views use its best number.
+        # To save time, only the first view tries all numbers of leaves. Later views use the first view's best number.
         choices[name], losses[name], leaf_counts = predictor, loss, (leaves,)
     if len(losses) > 1:
         best_two = sorted(losses, key=losses.__getitem__)[:2]
@@ -172,8 +172,8 @@ def _views(train: TreeInputs) -> Iterator[tuple[str, np.ndarray, InputView]]:
     """Yield views of the inputs: a name, the inputs of the training rows, and a function for the inputs of other rows.
 
     The first view has no IDs, because trees overfit on features with many IDs. The second view has the IDs as numbers.
-    The third view replaces each ID by its mean label (`fit_target_encoding`). For a training row, that mean excludes
-    the fold of the row's own request, whose labels would reveal the row's label.
+    The third view replaces each ID by its mean label (`fit_target_encoding`). For a training row, this mean excludes
+    all rows of the row's own fold, because the labels of its own request would reveal its label.
     """
     if train.num_numeric:
         yield "without ids", train.x[:, : train.num_numeric], lambda rows: rows.x[:, : rows.num_numeric]
@@ -240,9 +240,9 @@ class TreeInputs:
         num_numeric: Number of columns with numeric features.
         labels: Labels of T tasks or of one task, NaN if unobserved. Shape (N, T) or (N,).
         weights: Weights of the rows, None for equal weights. Shape (N,).
-        folds: Fold of each row's request, below `TARGET_ENCODING_FOLDS`. Shape (N,).
-        categories: Columns of `x` that LightGBM treats as categorical.
-        table: Other columns of the log, such as the time.
+        folds: Fold of each row, from 0, which is the same for all rows of a request. Shape (N,), or None if not set.
+        categories: Indices of columns of `x` that LightGBM treats as categorical.
+        table: Further columns of the N rows, such as "time", which `x` doesn't include.
     """
 
     x: np.ndarray
@@ -258,9 +258,9 @@ class TreeInputs:
         return self.table.column(name).combine_chunks()
 
     def select_task(self, index: int) -> TreeInputs:
-        """Return the rows with an observed label of a task, with weights divided by their mean.
+        """Return the rows with an observed label of task number `index`, with weights divided by their mean.
 
-        LightGBM has fixed limits on sums of weights, for instance in a leaf.
+        LightGBM compares sums of weights, for instance of a leaf, with fixed limits.
         """
         observed = ~np.isnan(self.labels[:, index])
         weights, folds = (None if values is None else values[observed] for values in (self.weights, self.folds))
@@ -273,7 +273,7 @@ class TreeInputs:
     def iter_chunks(
         rows: EncodedDataset, layout: Layout, columns: Sequence[str], skip_rows: int = 0
     ) -> Iterator[TreeInputs]:
-        """Yield the rows in chunks.
+        """Yield the rows in chunks of at most `CHUNK_ROWS` rows, without `folds` and `categories`.
 
         Args:
             rows: Encoded rows.
@@ -295,7 +295,7 @@ class TreeInputs:
 
     @staticmethod
     def read(rows: EncodedDataset, layout: Layout, columns: Sequence[str]) -> TreeInputs:
-        """Read the last rows, at most `MAX_ROWS` rows and `MAX_VALUES` values.
+        """Read as many of the last rows as the limits `MAX_ROWS` and `MAX_VALUES` (values of inputs) allow.
 
         Args:
             rows: Encoded rows.

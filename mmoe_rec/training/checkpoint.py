@@ -45,7 +45,7 @@ class TrainingState:
         history: Step and result of every validation.
         best_step: Step of the best validation, 0 before the first validation.
         provenance: Settings, features and starting model of the run.
-        precision_choice: Precision of the run's matmuls. None if it isn't chosen yet.
+        precision_choice: Precision of the run's matmuls, which a resumed run keeps. None lets the resumed run choose.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -63,15 +63,16 @@ class FinishedRun:
 
     Attributes:
         artifact: Folder of the model.
-        model_uri: URI of the model in the registry.
+        model_uri: URI of the model in the registry, by alias if it has one. Path of `artifact` if it isn't registered.
         best: Validation of the served model on the evaluation rows (one half of the validation users).
         best_step: Step of the best validation.
-        rows_per_s: Training rows per second.
+        rows_per_s: Training rows per second. 0 if the command that finished the run had no step left to train.
         data_wait_fraction: Fraction of the training time spent waiting for data.
         promotion_messages: Sentences that compare the model with the previous champion and name the current champion.
         provenance: Settings, features and starting model of the run.
-        start_validation: Validation of the network that the run started from. None if it started from random weights.
-        network_validation: Validation of the network without trees. None if the model has no trees.
+        start_validation: Validation of the network that the run started from, on the selection rows (the other half).
+            None if the run started from random weights.
+        network_validation: As `best`, of the uncalibrated network without trees. None if the model has no trees.
         finished_earlier: Whether an earlier command finished the run.
     """
 
@@ -162,7 +163,7 @@ class CheckpointWriter:
     Args:
         folder: Folder of all checkpoints.
         keep_last: Number of latest checkpoints to keep. The best checkpoint is always kept.
-        before: Checkpoint that the run resumes from. None starts a new run. Its first checkpoint replaces all
+        before: Checkpoint that the run resumes from. None starts a new run, whose first checkpoint replaces all
             checkpoints of an earlier run.
     """
 
@@ -192,7 +193,7 @@ class CheckpointWriter:
                 dcp.save(tensors, checkpoint_id=temporary)
             if dist.get_rank() == 0:
                 self._finish(temporary, state)
-        except RuntimeError:  # Another rank was lost. `distributed.process_group` explains the error to the user.
+        except RuntimeError:  # Another rank was lost. `distributed.process_group` turns this into a UserError.
             raise
         except (Exception, CheckpointException) as error:  # CheckpointException is no subclass of Exception.
             self._remove_partial()
@@ -217,7 +218,7 @@ class CheckpointWriter:
 
 
 def _reason(error: BaseException) -> str:
-    """Return a short reason for an error. For an error of several ranks, return the reason of the first failed rank."""
+    """Return a short reason for an error. An error that collects errors of ranks has the reason of the first one."""
     if failures := getattr(error, "failures", None):
         error = next(iter(failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:
@@ -256,7 +257,7 @@ def load_unsharded(model: nn.Module, folder: Path) -> None:
     tables = {name: tensor.shape for name, tensor in expected.items() if name.startswith("tables.")}
     weights = expected | {name: torch.empty(rows, padded_dim(dim)) for name, (rows, dim) in tables.items()}
     with warnings.catch_warnings():
-        # Loading without a process group is intended here.
+        # torch warns that there is no process group, which is intended here.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         dcp.load({"model": weights}, checkpoint_id=folder, no_dist=True)
     model.load_state_dict(weights | {name: from_padded(weights[name], dim) for name, (_, dim) in tables.items()})

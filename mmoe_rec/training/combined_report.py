@@ -39,9 +39,9 @@ def combine_reports(settings: Settings, format_command: Callable[..., str]) -> R
     """Combine the reports in `data.work_dir`: the headlines first, then all figures and tables.
 
     Args:
-        settings: Settings with the folder.
-        format_command: Function that turns words such as "train" into the command to show, with the options that select
-            the settings.
+        settings: Settings with the folder. Reports that were made with other settings get a warning.
+        format_command: Function that takes words such as "compare" and returns the command line to show, with options
+            that select the settings.
     """
     work, model_uri = Path(settings.data.work_dir), f"models:/{settings.registered_model}@{settings.tracking.alias}"
     sentences = [Sentence(caution, "warning") for caution in _find_cautions(settings)]
@@ -67,7 +67,7 @@ def combine_reports(settings: Settings, format_command: Callable[..., str]) -> R
 
 
 def _find_cautions(settings: Settings) -> Iterator[str]:
-    """Yield reasons why the files in `data.work_dir` may belong to other settings."""
+    """Yield a warning if the features in `data.work_dir` belong to other settings or another log, or may do so."""
     features = Path(settings.data.work_dir) / "features"
     try:
         if features.is_dir() and find_existing_features(BuildInputs.of(settings)) is None:
@@ -77,7 +77,7 @@ def _find_cautions(settings: Settings) -> Iterator[str]:
 
 
 def _find_stale(report: Report, work: Path, settings: Settings) -> Iterator[str]:
-    """Yield reasons why a report is stale."""
+    """Yield reasons why a report is stale, as sentences about "it"."""
     identity = report.identity
     with suppress(OSError, ValueError):
         features = json.loads((work / "features" / "manifest.json").read_text(encoding="utf-8"))["fingerprint"]

@@ -48,7 +48,7 @@ class RankContext:
         return self.rank == 0
 
     def run_on_first_rank(self, work: Callable[[], str]) -> str:
-        """Call `work` on rank 0, while all other ranks wait, and return its result on all ranks.
+        """Call `work` on rank 0 and return its result on all ranks. It can be called only once for each `store`.
 
         Raises:
             UserError: `work` failed on rank 0. If it raised a UserError, all ranks raise the same UserError.
@@ -72,10 +72,10 @@ class RankContext:
 
 @contextlib.contextmanager
 def training_process_group(settings: Training) -> Iterator[tuple[torch.device, RankContext]]:
-    """Join the run's process group within the context. Yield the device and the rank of this process.
+    """Check settings, and join the process group within the context. Yield the device and the rank of this process.
 
     Raises:
-        UserError: This machine doesn't support the settings, or another rank was lost.
+        UserError: This machine can't train with the settings, or another rank was lost.
     """
     device, ranks = pick_device(settings.device), int(os.environ.get("WORLD_SIZE", "1"))
     check_sharding(settings.sharding, device.type)

@@ -55,11 +55,12 @@ class TrainingResult:
     Attributes:
         plan: Sharding plan, as text.
         steps: Number of steps.
-        rows_per_s: Training rows per second of all ranks together, without the time of validations.
+        rows_per_s: Training rows per second of all ranks together since the loop started or resumed, without the time
+            of validations.
         data_wait_fraction: Fraction of the training time spent waiting for data.
         best_step: Step of the best validation.
         best_checkpoint: Folder of the checkpoint of the best step.
-        history: Step and result of each validation. Step 0 validates the model that the run started from.
+        history: Step and result of each validation. Step 0, if present, validates the model of a warm start.
         stopped_early: Whether the loop ended before its last step because validations no longer improved.
     """
 
@@ -88,7 +89,7 @@ class Meter:
     Attributes:
         wait_seconds: Seconds spent waiting for data.
         excluded_seconds: Seconds not spent on training, such as validations.
-        note: Text for a progress bar.
+        note: Text for a progress bar, from the last `read`.
     """
 
     def __init__(self, layout: Layout, world_size: int) -> None:
@@ -103,9 +104,9 @@ class Meter:
         """Add a step of this rank.
 
         Args:
-            rows: Number of rows.
+            rows: Number of this rank's rows. All ranks have the same number.
             losses: Sum of the losses of each of the T tasks, shape (T,).
-            counts: Number of observed labels of each task, or the sum of the rows' weights, shape (T,).
+            counts: Number of observed labels of each task, or the sum of these rows' weights, shape (T,).
         """
         self._rows += rows * self._world_size
         self._sums = self._sums + torch.stack([losses.double(), counts.double()])
@@ -125,7 +126,7 @@ class Meter:
         return max(1e-9, time.perf_counter() - self._start - self.excluded_seconds)
 
     def read(self) -> dict[str, float]:
-        """Return metrics by name: the mean losses since the last `read`, for the rows of this rank, and the speed."""
+        """Return metrics by name: mean losses of this rank's rows since the last `read`, and speeds from the start."""
         means = {}
         if isinstance(self._sums, torch.Tensor):
             sums = zip(self._names, *self._sums.tolist(), strict=True)
@@ -152,7 +153,7 @@ class Trainer:
         resume: Checkpoint to resume from. None starts at the first step.
         provenance: Settings, features and starting model, which checkpoints store.
         on_validation: Function that is called with each validation and its step.
-        precision_choice: Precision for the setting `auto`. None measures which precision is faster.
+        precision_choice: Precision of a new run for the setting `auto`. None measures which precision is faster.
 
     Raises:
         UserError: The tables don't fit into memory, or encoded rows or the checkpoint can't be read.
@@ -213,7 +214,7 @@ class Trainer:
 
     def _reader(self, prepared: FeatureFolder, split: str, batch_size: int) -> TrainingReader:
         weighted = self.settings.sampling_correction == "weights"
-        # Validations select the best step by the selection rows. The evaluation rows stay for the selected model.
+        # Validations select the best step by the selection rows. The evaluation rows only measure the selected model.
         part = ValidationPart.SELECTION if split == "validation" else None
         return TrainingReader(
             EncodedDataset(prepared.split(split), self.layout, joint_labels=True, weighted=weighted, part=part),
@@ -264,7 +265,7 @@ class Trainer:
         say(f"{self.total_steps:,} step{'s' * (self.total_steps != 1)} of {self.batch_size:,} rows")
 
     def _choose(self, mixture: Mixture, before: PrecisionChoice | None) -> PrecisionChoice:
-        """Return the precision of the settings. For `auto`, return the precision chosen before, or measure."""
+        """Return the precision of the settings. For `auto`, return the choice `before`, or measure without one."""
         if self.settings.precision != "auto":
             return PrecisionChoice(self.settings.precision)
         rows = min(math.ceil(self.batch_size / self.world_size), self.reader.rows.rows)

@@ -24,23 +24,23 @@ def masked_loss(
 ) -> tuple[Tensor, Tensor]:
     """Compute the weighted loss over the observed labels of B rows and T tasks.
 
-    The total is world_size * sum over tasks t of weight_t * loss_sum_t / global_counts_t. Ranks average their
-    gradients, so the factor world_size yields the gradient of the global mean. A task without observed labels adds
-    exactly 0.
+    The total is world_size * sum over tasks t of loss_weight_t * loss_sum_t / global_counts_t, where loss_sum_t is
+    the sum of this rank's losses times `weights`. Ranks average their gradients, so the factor world_size yields the
+    gradient of the global mean. A task without observed labels adds exactly 0.
 
     Args:
         logits: Shape (B, T), float32, or float64 if a task is a regression.
-        labels: Same shape and dtype as the logits.
+        labels: Labels as for `row_losses`. Same shape and dtype as the logits.
         observed: Whether each label is observed. Shape (B, T), bool.
         tasks: The T tasks.
         global_counts: Number of observed labels of each task in this step on all ranks, or the sum of the weights of
             these rows. Shape (T,).
         world_size: Number of ranks.
         weights: Weights of the rows, above 0. None weights all rows equally. Shape (B,), float64.
-        log_variances: Result of `log_variances`. None if task weights aren't learned. Shape (T,).
+        log_variances: Result of the function `log_variances`. None if task weights aren't learned. Shape (T,).
 
     Returns:
-        The total to differentiate (scalar), and the detached sum of each task's losses on this rank. Shape (T,).
+        The total to differentiate (scalar), and loss_sum_t of each task, without gradient. Shape (T,).
     """
     assert logits.shape == labels.shape == observed.shape, "logits, labels and observed differ in shape"
     assert len(tasks) == logits.shape[1] == len(global_counts), "one entry per task"
@@ -56,13 +56,13 @@ def masked_loss(
         sums = parts.detach() * totals
     if log_variances is None:
         return (scale * parts).sum(), sums
-    # Every rank adds the whole term of the log variances. Averaging over ranks makes it count once.
+    # Every rank adds the whole term of the log variances. It counts once, because ranks average their gradients.
     uncertainty = (task_weights * (global_counts > 0) * log_variances).sum() / 2
     return (scale * loss_factors(log_variances, tasks) * parts).sum() + uncertainty, sums
 
 
 def row_losses(logits: Tensor, labels: Tensor, tasks: Sequence[TaskOutput]) -> Tensor:
-    """Compute the loss of every row and task.
+    """Compute the loss of every row and task: cross-entropy, or squared error in squared standard deviations.
 
     A task with `conditional_on`, such as a purchase given a click, is trained on joint labels (clicked and purchased).
     The prediction for a joint label is the product of both tasks' probabilities (ESMM: Ma et al., SIGIR 2018).
@@ -97,25 +97,25 @@ LOG_VARIANCES = "log_variances"
 
 
 def add_log_variances(model: nn.Module, tasks: Sequence[TaskOutput]) -> None:
-    """Add log variances of 0, shape (T,) float32, to a model that isn't sharded yet.
+    """Make task weights learned by adding log variances to a model that isn't sharded yet.
 
     Args:
-        model: Model, which gets one more parameter.
+        model: Model, which gets the log variances as one more parameter: zeros, shape (T,), float32.
         tasks: The T tasks.
     """
     model.register_parameter(LOG_VARIANCES, nn.Parameter(torch.zeros(len(tasks))))
 
 
 def log_variances(model: nn.Module) -> nn.Parameter | None:
-    """Return the log variances of a model, None if it has none. Sharding the model may replace this parameter."""
+    """Return the log variances of a model, None if it has none. Sharding may replace them, so call it afterward."""
     return getattr(model, LOG_VARIANCES, None)
 
 
 def loss_factors(log_vars: Tensor, tasks: Sequence[TaskOutput]) -> Tensor:
-    """Return the factor of each task's mean loss, shape (T,), that follows from the task's log variance.
+    """Return the factor of each task's mean loss, shape (T,): exp(-s), or exp(-s) / 2 for a regression.
 
     Args:
-        log_vars: Log variances, shape (T,).
+        log_vars: Log variances s, shape (T,).
         tasks: The T tasks.
     """
     factors = cached_constant(tuple(task.kind.loss_factor for task in tasks), log_vars.dtype, log_vars.device)

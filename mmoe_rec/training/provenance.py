@@ -5,7 +5,7 @@ from typing import Any
 
 from mmoe_rec.settings.sections import Settings, diff_settings
 
-# Settings of the section training that may change when a run is resumed, because they don't affect the weights.
+# Settings in the section `training` that may change when a run is resumed, because they don't affect the weights.
 _IGNORED = {
     "checkpoint_steps",
     "keep_checkpoints",
@@ -38,7 +38,7 @@ class Provenance:
 
     Attributes:
         settings: Settings that determine the weights, from `fixed_settings`.
-        features: Fingerprint of the features.
+        features: Fingerprint of the features, which changes with their settings, their log or the split.
         last_request_us: Time of the last request in the features, in microseconds since 1970.
         run_id: ID of the MLflow run, if any.
         start: Model that the run started from, None for random weights.
@@ -61,7 +61,7 @@ class Provenance:
             uri: URI of the model that the other run starts from, None for random weights.
 
         Returns:
-            The first difference, as the end of an error message without a period. None if nothing differs.
+            The first difference and how to undo it, as the end of an error message. None if nothing differs.
         """
         for name, old, new in diff_settings(self.settings, settings):
             return f"it was started with {name} {old}, and now it is {new}. Restore the setting"

@@ -94,7 +94,7 @@ class RankEstimate(NamedTuple):
         rank: Number of the rank.
         table_bytes: Bytes of the tables' weights and optimizer state.
         total_bytes: torchrec's estimate for tables, optimizer state and activations.
-        step_ms: torchrec's estimate of the time of a step.
+        step_ms: torchrec's estimate of the time that tables take in a step, including communication.
     """
 
     rank: int
@@ -104,7 +104,7 @@ class RankEstimate(NamedTuple):
 
 
 def _update_in_backward(model: nn.Module, learning_rate: float) -> None:
-    """Make the backward pass of the sharded model update its tables by row-wise Adagrad."""
+    """Make the model's backward pass, after sharding, update the tables by row-wise Adagrad."""
     from torch.distributed.optim import _apply_optimizer_in_backward
     from torchrec.optim import RowWiseAdagrad
 
@@ -128,7 +128,7 @@ class ShardingPlanner:
     settings: Training
 
     def sharders(self) -> list[Any]:
-        """Return torchrec's sharders for the tables."""
+        """Return torchrec's sharders for the tables, which also set the data type of communication."""
         from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
         if self.settings.communication_dtype == "fp32":
@@ -141,7 +141,7 @@ class ShardingPlanner:
         return [EmbeddingBagCollectionSharder(qcomm_codecs_registry={op.name: codecs for op in CommOp})]
 
     def _make_plan(self, model: nn.Module, group: Any = None, stats: Any = None) -> Any:
-        """Return torchrec's `ShardingPlan`, made by all ranks of `group`, and report its estimates to `stats`."""
+        """Return the `ShardingPlan` on which all ranks of `group` agree, and pass its estimates to `stats.log`."""
         from torchrec.distributed.embedding_types import EmbeddingComputeKernel
         from torchrec.distributed.planner import EmbeddingShardingPlanner, types
         from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
@@ -209,7 +209,7 @@ class ShardingPlanner:
         )
 
     def estimate_plan(self, model: nn.Module) -> tuple[str, list[RankEstimate]]:
-        """Plan for a cluster that need not exist. Return `describe_plan` of the plan, and the load of each rank.
+        """Plan for a cluster that need not exist. Return the plan as text (`describe_plan`) and the load of each rank.
 
         Args:
             model: Model whose tables are `torchrec_tables`, on torch's device "meta", which allocates no memory.
@@ -218,7 +218,7 @@ class ShardingPlanner:
             UserError: The tables don't fit into the ranks' memory.
         """
         options: list[Any] = []
-        _update_in_backward(model, learning_rate=1.0)  # The estimate must include the memory of the optimizer state.
+        _update_in_backward(model, learning_rate=1.0)  # This adds the memory of the optimizer state to the estimate.
         plan = self._make_plan(model, stats=SimpleNamespace(log=lambda *, best_plan, **_: options.extend(best_plan)))
         ranks = [RankEstimate(rank, 0, 0, 0.0) for rank in range(self.cluster.world_size)]
         for part in (part for option in options for part in option.shards):
@@ -269,7 +269,7 @@ class ShardedModel:
     Attributes:
         model: torchrec's DistributedModelParallel or `SingleProcessModel`. Call it with a `Batch`.
         table_optimizer: Row-wise Adagrad of the tables. The backward pass updates the tables. `zero_grad()` and
-            `step()` only apply the learning rate of `param_groups`.
+            `step()` only pass a changed `lr` of `param_groups` on to the tables.
         plan: Sharding of the tables, one line for each table.
     """
 
@@ -344,7 +344,7 @@ def shard(
     with warnings.catch_warnings():
         # torchrec passes an argument to torch that torch has deprecated.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        # Data parallelism wraps the dense part and moves it to the device. A single CPU process needs neither.
+        # `init_data_parallel` wraps the dense part and moves it to the device. A single CPU process needs neither.
         on_one_cpu = device.type == "cpu" and dist.get_world_size() == 1
         parallel = DistributedModelParallel(
             model, device=device, plan=plan, sharders=planner.sharders(), init_data_parallel=not on_one_cpu
@@ -356,7 +356,6 @@ def shard(
 
 
 def _running_cluster(device: torch.device) -> Cluster:
-    """Describe the machines of the running ranks."""
     kind = cast("Literal['cpu', 'cuda']", device.type)
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     gpu_bytes = torch.cuda.get_device_properties(device).total_memory if kind == "cuda" else 0
@@ -425,13 +424,13 @@ class Optimizers:
         self.dense.step()
 
     def init_state(self) -> None:
-        """Create the optimizer state by a step, before loading a checkpoint. The step may change weights."""
+        """Create the optimizer state by a step without gradients, before loading a checkpoint. Weights may change."""
         for parameter in self._named.values():
             parameter.grad = torch.zeros_like(parameter)
         self.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return {"state": {parameter name: state}}. Names let a different number of ranks load it. Copies nothing."""
+        """Return {"state": {parameter name: state}} for any number of ranks to load. The tensors are not copied."""
         dense, named = self.dense.state, self._named.items()
         state = {name: dict(dense[parameter]) for name, parameter in named if parameter in dense}
         return {"state": {**self._tables.state_dict()["state"], **state}}

@@ -46,8 +46,8 @@ replace the blend by the same rule."""
 def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout, model: RankingModel) -> Trees:
     """Grow trees for every task, and print the chosen trees and weights.
 
-    A task keeps the network alone if trees have no input or labels, or if the blend isn't better on the selection rows
-    by `BLEND_MIN_Z` standard errors.
+    A task keeps the network alone if trees have no input, if all labels are equal, or if neither the trees nor the
+    blend (by `BLEND_MIN_Z` standard errors) have a lower loss on the selection rows.
 
     Args:
         settings: Settings of the run, with `model.trees`.
@@ -92,17 +92,17 @@ def fit_task_trees(
     """Grow the trees of one task, and fit the weights of the trees and the network.
 
     Args:
-        task: Task, with its kind and the mean and standard deviation of a regression.
+        task: Task, with its kind and, for a regression, the mean and standard deviation of the labels.
         section: Settings of the trees.
         seed: Seed of the random columns of each tree.
         train_rows: Training rows with an observed label.
         held_out: N selection rows with an observed label.
         network: Predictions of the network for these N rows: logits, or values of a regression. Shape (N,).
-        users: Number that identifies each row's user. Shape (N,), int64.
+        users: Index of each row's user, from 0. Shape (N,), int64.
         min_z: Number of standard errors by which trees with IDs must be better than trees without IDs.
 
     Returns:
-        The trees in LightGBM's text format with their blend, or None to use the network alone. And a description.
+        The trees in LightGBM's text format and their blend, or None to use the network alone. Then a description.
     """
     inputs = sorted({train_rows.num_numeric, train_rows.x.shape[1]} - {0})
     if not inputs or min(len(np.unique(rows.labels)) for rows in (train_rows, held_out)) < 2:
@@ -115,10 +115,10 @@ def fit_task_trees(
         )
         options = section.leaves, seed, section.learning_rate, section.max_trees
         booster = train_lightgbm(task.kind, train, selection, *options)
-        count = booster.best_iteration  # With more trees, the loss on the selection rows is higher.
+        count = booster.best_iteration  # Further trees would raise the loss on the selection rows.
         name = "without ids" if width == train_rows.num_numeric else "with ids"
         texts[name] = booster.model_to_string(num_iteration=count)
-        # The trees without IDs and with IDs have at most `max_trees` trees together, if both are used.
+        # If trees without IDs and trees with IDs are used together, they have at most `max_trees` trees in all.
         halves.append(booster.model_to_string(num_iteration=min(count, max(1, section.max_trees // 2))))
     choices = [(name, text, min_z) for name, text in texts.items()]
     if 1 < len(choices) <= section.max_trees:
@@ -150,7 +150,7 @@ def fit_task_trees(
 
 @dataclass(frozen=True)
 class _FittedTrees:
-    """Trees of a task as LightGBM's text, with their predictions and the blend's losses on the selection rows."""
+    """Trees of a task as LightGBM's text, with predictions of the trees and losses of the blend on selection rows."""
 
     text: str
     name: str
@@ -174,7 +174,7 @@ def is_significantly_lower(
         losses: Losses, shape (N,).
         other_losses: Losses to compare with, shape (N,).
         weights: Weights of the rows, None for equal weights. Shape (N,).
-        users: Number that identifies each row's user. Shape (N,), int64.
+        users: Index of each row's user, from 0. Shape (N,), int64.
         min_z: Number of standard errors.
     """
     gains = (other_losses - losses) * (1 if weights is None else weights)

@@ -5,7 +5,7 @@ pass, which updates the tables, and calls `StepRunner.step`.
 
 The CPU queues operations, and the GPU runs them. While the CPU waits for a result, it queues nothing, and the GPU
 becomes idle. In a step, the CPU therefore waits only once, in `StepRunner.step`. With several ranks, torchrec's
-pipeline also reads the numbers of IDs to exchange, one step ahead. `tests/gpu/test_device.py` counts the waits.
+pipeline also waits for the numbers of IDs to exchange, one step ahead. `tests/gpu/test_device.py` counts the waits.
 """
 
 import copy
@@ -47,8 +47,8 @@ class StepResult:
         stop_and_nonfinite: Number of ranks that were asked to stop, and number of ranks with nonfinite logits. Shape
             (2,).
         stop_requested: Whether any rank was asked to stop.
-        nonfinite: "loss" or "gradient" if some rank's is not finite, else None. If set, the step has not updated the
-            dense part (all weights except tables).
+        nonfinite: "loss" or "gradient", the value that is not finite on some rank. Else None. If set, the step has not
+            updated the dense part (all weights except tables).
     """
 
     batch: Batch
@@ -120,7 +120,7 @@ class StepRunner:
         return step
 
     def progress(self, batches: Iterator[Batch]) -> StepResult:
-        """Run a step without torchrec's pipeline, which has a method with the same signature."""
+        """Run a step without torchrec's pipeline, in place of the pipeline's method of this name."""
         batch = next(batches)
         if self._device.type != "cpu":
             batch = batch.to(self._device, non_blocking=True)
@@ -131,7 +131,7 @@ class StepRunner:
         return step
 
     def detach(self) -> None:
-        """Detach the pipeline from the model, after `run_next` has returned None. `run_next` attaches them again."""
+        """After `run_next` has returned None, let the model be called directly, until the next `run_next`."""
         if self._pipeline is not None:
             self._pipeline.detach()
 
@@ -141,12 +141,12 @@ class StepRunner:
 
     def _forward(self, batch: Batch) -> tuple[Tensor, StepResult]:
         observed = batch.observed_weights
-        # Copied rows that fill the last batch of an epoch have no labels.
+        # Rows without labels don't count, such as the copies that fill the last batch of an epoch.
         counted = batch.observed.any(1).float()
-        # `new_full` only queues an operation on the GPU. `torch.tensor` would copy from the host, which waits for it.
+        # `new_full` only queues an operation on the GPU. `torch.tensor` would copy from the host and wait for the GPU.
         signaled = observed.new_full((1,), int(self._stop.signal is not None))
         shared = torch.cat([observed, counted.sum()[None].to(observed), signaled])
-        reduced = self._all_reduce(shared)  # runs during the forward pass
+        reduced = self._all_reduce(shared)  # The ranks add these sums during the forward pass.
         autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
         with autocast, seeded_draws(batch):
             outputs: Outputs = self._model(batch)
@@ -196,7 +196,7 @@ class StepRunner:
                 gates.update_selection_bias(self._loads[level], self._gates.bias_rate * self._lr_fraction)
 
     def _balance_loss(self, routings: Sequence[Routing], row_weights: Tensor) -> Tensor | float:
-        """Return the weighted balance loss and z-loss of the gates, as a mean over the levels of experts."""
+        """Return the weighted sum of the gates' balance loss and z-loss, each a mean over the levels of experts."""
         gates, total = self._gates, 0.0
         if gates.balance == "loss":
             pairs = zip(routings, self._loads, strict=True)
@@ -206,7 +206,7 @@ class StepRunner:
         return total
 
     def _all_reduce(self, values: Tensor) -> Any:
-        """Start to sum values over all ranks, in place. Return a handle to wait for, None with one rank."""
+        """Start to sum values over all ranks, in place. Return a handle with `wait`, or None if there is one rank."""
         return dist.all_reduce(values, async_op=True) if self._world_size > 1 else None
 
 
@@ -243,15 +243,15 @@ def validation_steps(batches_per_epoch: int, settings: Training) -> set[int]:
     }
 
 
-# Choice of the precision: bf16 if steps are clearly faster in bf16 on this processor. Steps in both precisions are
-# timed in turns. The fastest step of each precision counts, on the slowest rank.
+# Choice of the precision: bf16 if steps are clearly faster in bf16 on this device. Steps in both precisions are timed
+# in turns. The time of a precision is the fastest step of each rank, and then the maximum over ranks.
 
 TIMING_SECONDS = 0.025  # Total duration of timing, without the first step of each precision.
 MIN_TIMED_RUNS = 3
 MIN_BF16_SPEEDUP = 1.2  # Choose bf16 if a step in fp32 takes at least this many times as long.
-_TIMED_OPERATIONS = 1.6e9  # Floating-point operations of a timed step, which takes some milliseconds on two cores.
+_TIMED_OPERATIONS = 1.6e9  # Limits the rows of a timed step. So many FLOPs take some milliseconds on two cores.
 _FIRST_ROWS = 64
-_MAX_SLOWDOWN = 4.0  # Stop timing if bf16 takes over this many times as long on a few rows. It must be emulated then.
+_MAX_SLOWDOWN = 4.0  # Choose fp32 at once if bf16 takes over this many times as long on a few rows (emulated bf16).
 
 Precision = Literal["fp32", "bf16"]
 
@@ -262,7 +262,7 @@ class PrecisionChoice:
 
     Attributes:
         precision: Precision of matmuls.
-        step_ms: Milliseconds of a step in each precision, on the slowest rank. Empty if the settings name a precision.
+        step_ms: Precision -> milliseconds of a step on the slowest rank. Empty if the settings name a precision.
     """
 
     precision: Precision
@@ -287,7 +287,7 @@ def read_precision_choice(file: Path) -> PrecisionChoice | None:
 
 
 def write_precision_choice(file: Path, precision_choice: PrecisionChoice) -> None:
-    """Write the precision of the first run of a comparison, for the other runs.
+    """Write the precision that the first run of a comparison has chosen, for `read_precision_choice` in later runs.
 
     Args:
         file: JSON file to write.
@@ -297,13 +297,13 @@ def write_precision_choice(file: Path, precision_choice: PrecisionChoice) -> Non
 
 
 def choose_precision(mixture: Mixture, layout: ModelLayout, device: torch.device, rows: int) -> PrecisionChoice:
-    """Time steps of a model in both precisions, and choose one. All ranks must call it.
+    """Time steps of a model's dense part in both precisions, and choose one. All ranks must call this together.
 
     Args:
-        mixture: Dense part of the model, which is copied.
+        mixture: Dense part of the model, which stays unchanged.
         layout: Layout of the model.
         device: Device to train on.
-        rows: Rows of a rank's batch.
+        rows: Rows of a rank's batch, an upper limit on the rows of a timed step.
     """
     mixture = copy.deepcopy(mixture).to(device)
     weights = sum(parameter.numel() for parameter in mixture.parameters())
@@ -328,7 +328,6 @@ def choose_precision(mixture: Mixture, layout: ModelLayout, device: torch.device
 
 
 def _dense_step(mixture: Mixture, inputs: list[Tensor], precision: Precision) -> None:
-    """Run one forward and backward pass of the dense part, for timing."""
     dense, placement = (values.detach().requires_grad_() for values in inputs)
     with torch.autocast(dense.device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits: Tensor = mixture(dense, placement).logits

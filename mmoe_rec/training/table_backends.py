@@ -97,7 +97,7 @@ def choose_table_backend(choice: Literal["auto"] | TableBackend, device: str, ra
 class SingleProcessTables(nn.Module):
     """Embedding tables in plain PyTorch, initially zero. The backward pass updates them by row-wise Adagrad.
 
-    Weights and optimizer state have the same names as in torchrec, so a checkpoint can be resumed with both backends.
+    Weights and optimizer state have the same names as in torchrec, so a checkpoint can be resumed with either backend.
 
     Attributes:
         embedding_bags: The weights, `embedding_bags.<table>.weight`, with padding columns. The weights are buffers
@@ -130,7 +130,7 @@ class SingleProcessTables(nn.Module):
         self._graph = torch.zeros(0, requires_grad=True)
 
     def forward(self, ids: KeyedIds) -> PooledEmbeddings | dict[str, Tensor]:
-        """Return the sum of each input's embeddings, from which `mean_embeddings` computes means."""
+        """Return the sum of the embeddings of each row's IDs, by input. `mean_embeddings` computes means from it."""
         assert list(ids.keys) == self._names, "a batch has the inputs of its layout, in the same order"
         if not self._names:
             return {}
@@ -151,7 +151,7 @@ class SingleProcessTables(nn.Module):
         return _LookUp.apply(self._graph, self, values, offsets)
 
     def _read(self, ids: Tensor, offsets: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Return the sums of `look_up`, and for each table the looked-up rows and the index of each row's bag."""
+        """Return the sums of `look_up`, and for each table the looked-up rows and the bag index of each lookup."""
         batch = (len(offsets) - 1) // len(self._tables)
         ends = offsets[::batch].tolist() if batch else [0] * (len(self._tables) + 1)
         _check_rows(self._tables, ids, ends)
@@ -169,7 +169,7 @@ class SingleProcessTables(nn.Module):
         return torch.cat([sums[number] for number in range(len(self._tables))], dim=1), lookups
 
     def _update(self, lookups: Sequence[tuple[Tensor, Tensor]], gradient: Tensor) -> None:
-        """Update the rows and bags that `_read` looked up once each, given the gradient of the sums."""
+        """Update each distinct looked-up row once, given the lookups from `_read` and the gradient of its sums."""
         parts = gradient.split(self._widths, dim=1)
         for (name, inputs), (rows, bags) in zip(self._inputs.items(), lookups, strict=True):
             if not len(rows):
@@ -230,11 +230,11 @@ class RowWiseAdagrad:
         self.param_groups: list[dict[str, Any]] = [{"params": [], "lr": tables.rate.item()}]
 
     def zero_grad(self) -> None:
-        """Apply the learning rate of `param_groups`. Tables have no gradient to reset."""
+        """Pass a changed `lr` of `param_groups` on to the tables, which have no gradients to reset."""
         self.step()
 
     def step(self) -> None:
-        """Apply the learning rate of `param_groups`. The backward pass has already updated the tables."""
+        """Pass a changed `lr` of `param_groups` on to the tables. The backward pass has already updated them."""
         self._tables.rate.fill_(self.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -256,9 +256,9 @@ class SingleProcessModel:
         return self.module(batch)
 
 
-# fbgemm chooses its kernels by the processor's features, which it reads from a variable of torch's libc10. In the CUDA
-# build of torch (the build on PyPI), libtorch has a second copy of this variable, and torch writes the features only
-# there. fbgemm then finds no features and falls back to its reference loops. Table updates take ten times as long
+# fbgemm chooses its kernels by the CPU's instruction sets, which it reads from a variable of torch's libc10. In the
+# CUDA build of torch (the build on PyPI), libtorch has a second copy of this variable, and torch fills only this copy.
+# fbgemm then finds no instruction sets and falls back to its reference loops. Table updates take ten times as long
 # (measured with torch 2.14.1 and fbgemm-gpu-cpu 1.9.0). Torch 2.11, 2.12 and 2.13 have only one copy.
 #
 # Remove this code when pyproject.toml requires a torch whose CUDA build has only one copy.
@@ -267,7 +267,7 @@ _CPUINFO_VARIABLE = "cpuinfo_isa"
 
 
 def copy_cpuinfo_to_fbgemm() -> bool:
-    """Copy the processor's features to the variable that fbgemm reads. Return whether this was necessary."""
+    """Copy the list of the CPU's instruction sets to the variable that fbgemm reads. Return whether it was empty."""
     if (copy := _find_copy()) is None:
         return False
     ctypes.memmove(*copy)
@@ -275,7 +275,7 @@ def copy_cpuinfo_to_fbgemm() -> bool:
 
 
 def _find_copy() -> tuple[int, int, int] | None:
-    """Return the address of the empty variable, the address of its filled copy, and their size in bytes, if any."""
+    """Return addresses of the empty variable and of its filled copy, and their size in bytes. None if none is empty."""
     if sys.platform != "linux":
         return None
     folder = Path(torch.__file__).parent / "lib"

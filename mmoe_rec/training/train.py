@@ -77,19 +77,20 @@ class _Workspace:
 def train_model(
     settings: Settings, start: str | None = None, resume: bool = False, *, register: bool = True
 ) -> FinishedRun | None:
-    """Train on all ranks, write the artifact and register the model.
+    """Train, write the artifact and register the model. All ranks must call this together.
 
     Args:
         settings: Settings of the run.
-        start: URI of a model to start from. The features must exist and extend that model's features.
-        resume: Whether to resume from the last checkpoint, if there is one. After a finished run, a new run starts only
-            if the features now reach a later day.
+        start: URI of a model to start from, None for random weights. The features must exist and extend its features.
+        resume: Whether to resume from the last checkpoint, if there is one. A finished run is returned again, unless
+            the features now reach a later day. Then a new run starts.
         register: Whether to register the model.
 
     Returns:
         The finished run on the first rank, None on other ranks.
 
     Raises:
+        StoppedError: A signal or an outage of MLflow stopped the run, which can be resumed.
         UserError: A setting is wrong, or another process trains in `data.work_dir`.
     """
     with _open_workspace(settings, start, resume) as workspace:
@@ -215,7 +216,7 @@ def _finish(run: Run, workspace: _Workspace, result: TrainingResult, register: b
 
 
 def load_best_network(settings: Settings, prepared: FeatureFolder, result: TrainingResult) -> RankingModel:
-    """Return the network with the weights of the best step of a run.
+    """Return the network, without trees, with the weights of the best step of a run.
 
     Args:
         settings: Settings of the run.
@@ -231,7 +232,7 @@ def load_best_network(settings: Settings, prepared: FeatureFolder, result: Train
 def _validate_served(
     settings: Settings, prepared: FeatureFolder, model: RankingModel, calibration: Calibration
 ) -> Validation:
-    """Validate the served model on the evaluation rows, the half of the validation users that didn't select it."""
+    """Validate a model on the evaluation rows: the half of the validation users that did not select the best step."""
     layout, weighted = ModelLayout.of(prepared.layout, settings), settings.training.sampling_correction == "weights"
     validation = prepared.split("validation")
     rows = EncodedDataset(validation, layout, joint_labels=True, weighted=weighted, part=ValidationPart.EVALUATION)
@@ -242,7 +243,7 @@ def _validate_served(
 
 @contextmanager
 def _wait_to_register(run: Run, artifact: Path) -> Iterator[None]:
-    """Send the saved messages of a run, and add to errors of the registration how to register the model later."""
+    """Send a run's saved messages. Add to errors within the context how to register the model later."""
     run.flush(MAX_WAIT_SECONDS)
     fix = f"The model in '{artifact}' is complete but not registered. To register it, run the command with --resume"
     try:
@@ -291,12 +292,12 @@ class _RunStatus(StrEnum):
 
 @contextmanager
 def _open_workspace(settings: Settings, start: str | None, resume: bool) -> Iterator[_Workspace | FinishedRun | None]:
-    """Open and lock everything that a run needs, or yield what `train_model` returns if the run has finished."""
+    """Open and lock everything that a run needs. If the run has finished, yield the result of `train_model` instead."""
     inputs = BuildInputs.of(settings)
     folder, prepared = inputs.work, FeatureFolder(inputs.work / "features")
 
     def open_first() -> str:
-        """Decide for all ranks whether to start or resume a run, and lock the files that the ranks use."""
+        """Decide for all ranks, and lock their files. Return JSON: status, and URI and run ID of the starting model."""
         find_objective_metric(settings.evaluation.primary_metric)
         has_features = find_existing_features(inputs) is not None
         for name in ("checkpoints", "model"):
@@ -311,7 +312,7 @@ def _open_workspace(settings: Settings, start: str | None, resume: bool) -> Iter
             )
         pinned_uri, run_id = start, None
         if status is _RunStatus.NEW and start is not None:
-            # Only the first rank looks up the URI. If an alias moved in the meantime, ranks would get different models.
+            # Only the first rank looks up the URI, because an alias could move between the lookups of several ranks.
             pinned_uri = registry.pin_model_uri(start, settings.tracking.resolved_uri)
             run_id = registry.find_run_id(pinned_uri, settings.tracking.resolved_uri)
         if status is not _RunStatus.FINISHED:
@@ -351,7 +352,8 @@ def _open_workspace(settings: Settings, start: str | None, resume: bool) -> Iter
 def _decide(settings: Settings, inputs: BuildInputs, start: str | None, has_features: bool) -> _RunStatus:
     """Decide whether to resume the run in `data.work_dir`, return its result, or start a new run.
 
-    If settings, features or starting model have changed, raise UserError unless the features reach a later day.
+    If settings, features or starting model have changed, raise UserError, or start a new run if features reach a later
+    day than before.
     """
     checkpoints = inputs.work / "checkpoints"
     finished, checkpoint = FinishedRun.read(inputs.work), latest_checkpoint(checkpoints)
@@ -365,7 +367,7 @@ def _decide(settings: Settings, inputs: BuildInputs, start: str | None, has_feat
     if not has_features and features != before.features and start is not None:
         raise _needs_features(inputs.work)
     if has_features or (finished is not None and features != before.features):
-        # An unfinished run keeps its features, even if the log has grown in the meantime.
+        # Build no features for an unfinished run whose log has changed, because they would replace its features.
         features, last_request_us = _feature_version(prepare(inputs, keep_existing=has_features).manifest)
     difference = before.describe_mismatch(fixed_settings(settings), features, start)
     if difference is None and finished is not None:
@@ -391,5 +393,5 @@ def _needs_features(work: Path) -> UserError:
 
 
 def _feature_version(manifest: Mapping[str, Any]) -> tuple[str, int]:
-    """Return the fingerprint of features, and the time of their last request in microseconds."""
+    """Return the fingerprint of features, and the time of their last request in microseconds since 1970."""
     return manifest["fingerprint"], manifest["request_microseconds"][1]

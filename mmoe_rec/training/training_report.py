@@ -23,7 +23,7 @@ def validations_table(
     """Build a table with a row for each validation and task, ending with the served model.
 
     Args:
-        history: Step and result of each validation of the network (without trees), in order.
+        history: Step and result of each validation of the network (without trees) on the selection rows, by step.
         best_step: Step whose weights were selected.
         served: Validation of the served model on the evaluation rows.
         network: Validation of the network without trees on the evaluation rows. None if the model has no trees.

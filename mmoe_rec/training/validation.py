@@ -37,7 +37,8 @@ class Validation:
     Attributes:
         loss: Mean loss of each task, keyed by `TaskOutput.loss_label`, in nats (binary) or squared standard deviations
             (regression).
-        auc: AUC of each binary task that has both classes, over the rows with an observed label of this task.
+        auc: AUC of each binary task that has both classes, over the rows with an observed label of this task. With
+            `conditional_on`, only rows in which the label of the condition is 1 count.
         experts: How the tasks used the experts.
         calibration: Predicted number of positives / observed number of positives, for each binary task and over the
             same rows as the AUC.
@@ -59,7 +60,7 @@ class Validation:
         return [task for task in self.auc if monitor == "auc" and rows.get(task, MIN_RARER_ROWS) >= MIN_RARER_ROWS]
 
     def objective(self, monitor: str, layout: ModelLayout) -> float:
-        """Return the mean AUC of `tasks_monitored_by_auc`, or without such tasks the negative weighted loss.
+        """Return the mean AUC of `tasks_monitored_by_auc`, or without such tasks the negative weighted sum of losses.
 
         Args:
             monitor: The setting `training.monitor`.
@@ -95,7 +96,7 @@ class _ValidationSums:
         losses = row_losses(logits, labels, self.layout.tasks) * batch.observed
         weighted = losses if batch.weights is None else losses * batch.weights[:, None]
         self.loss += torch.stack([weighted.double().sum(0), batch.observed_weights.double()], dim=1)
-        if self.layout.joint_outcomes:  # Rows of a task with `conditional_on` count only if that task's label is 1.
+        if self.layout.joint_outcomes:  # For a task with `conditional_on`, count rows whose condition's label is 1.
             observed = observed.clone()
             for condition, task in self.layout.joint_outcomes.values():
                 observed[:, task] &= labels[:, condition] == 1
@@ -190,7 +191,7 @@ def validate_on_one_process(
 def _count(
     counts: Tensor, rows: Tensor, logits: Tensor, labels: Tensor, observed: Tensor, weights: Tensor | None
 ) -> None:
-    """Add the weights of rows to `counts`, by task, class and bin of the logit, and numbers of rows to `rows`."""
+    """Add the weights of rows to `counts[task, class, bin of logit]`, and numbers of rows to `rows[task, class]`."""
     bins = ((logits.double() + MAX_LOGIT) * BINS_PER_UNIT).long().clamp(0, BINS - 1)
     for task in range(len(counts)):
         for label in (0, 1):
@@ -248,11 +249,11 @@ def find_undertraining(
     """Return a warning if a run seems to have ended too early.
 
     A run is too short with fewer than `MIN_STEPS` steps, or if the last step is the best and the second half of the
-    steps still gained more than the fraction `MAX_LATE_GAIN`. With fewer than `SHORT_RUN_STEPS` steps, a gain of 0.0001
-    is enough. For runs that started from another model, only `MAX_LATE_GAIN` counts.
+    steps improved the objective by more than the fraction `MAX_LATE_GAIN`. With fewer than `SHORT_RUN_STEPS` steps, an
+    improvement by 0.0001 is enough. For a warm start, only `MAX_LATE_GAIN` counts.
 
     Args:
-        history: Step and result of every validation. Step 0, if it exists, is the model that the run started from.
+        history: Step and result of every validation. Step 0, if present, validates the model of a warm start.
         best_step: Step of the best validation.
         layout: Tasks with their loss weights.
         settings: Training settings.
@@ -280,7 +281,7 @@ def find_undertraining(
 
 
 def find_warnings(best: Validation, calibration: str) -> list[str]:
-    """Return warnings of tasks that rank worse than chance or implausibly well, and of badly calibrated probabilities.
+    """Return warnings about tasks with an AUC below 0.5 or implausibly near 1, or with badly calibrated probabilities.
 
     Args:
         best: Validation of the served model.
