@@ -314,8 +314,6 @@ def check_files(folder: Path) -> None:
 
 
 def _compute_checksums(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Return the SHA-256 of files in hexadecimal."""
-
     def compute(name: str) -> str:
         with (folder / name).open("rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()

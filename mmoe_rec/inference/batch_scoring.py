@@ -367,7 +367,6 @@ def _score_part(job: _ScoreJob, task: tuple[int, LogPart]) -> pa.Table:
 
 
 def _scored_file(folder: Path, number: int) -> Path:
-    """Return the path of a part's scored but unranked rows."""
     return folder / f"{number}.arrow"
 
 
