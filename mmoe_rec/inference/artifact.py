@@ -1,10 +1,10 @@
-"""Reader of the artifact folder, which contains all data to score rows, without pickle.
+"""Read the artifact folder, which contains everything that scoring needs and no pickle files.
 
     <folder>/
         manifest.json          SHA-256 of every other file
-        model.json             format, name, model section, limits, origin of the features, time of the tables
-        layout.json            order of the model's inputs and outputs, widths of tables, weights of tasks
-        weights.safetensors    float32 weights by name; in a small model int8 and bfloat16 (`mmoe_rec.model.tables`)
+        model.json             version of this format, and the fields of `ArtifactInfo` except the layout
+        layout.json            order of the model's inputs and outputs, sizes of embedding tables, weights of tasks
+        weights.safetensors    float32 weights by name; int8 and bfloat16 after `mmoe_rec.inference.export.write_int8`
         trees/                 only if the model has trees: the trees and their blend weights (`mmoe_rec.model.trees`)
         calibration.json       only if the model is calibrated: maps logits to calibrated logits
         settings.yaml          the resolved settings that the model was trained with
@@ -47,8 +47,8 @@ FORMAT = 6
 MANIFEST_FILE = "manifest.json"
 EXAMPLE_FILE = "example_request.json"
 EXAMPLE_SCORES_FILE = "example_scores.json"
-# Accepted difference between predictions for the example. Libraries and processors round differently, so logits differ
-# by about 1e-6 in fp32. In half precision they would differ by 1e-2, which isn't accepted.
+# Accepted relative difference between predictions for the example. Libraries and processors round differently, so
+# logits differ by about 1e-6 in fp32. In half precision they would differ by 1e-2, which isn't accepted.
 TOLERANCE = 1e-4
 _MIN_DIFFERENCE = 1e-30  # Smaller differences always count as equal, because tiny probabilities may round to 0.
 
@@ -80,8 +80,8 @@ class ArtifactInfo:
         matmul_backend: Value of `serving.matmul_backend`.
         fingerprint: Fingerprint of the features that the model was trained on.
         tables_as_of: ISO time of the last logged request in the tables of features. None if the log has no times.
-        stale_after_days: Days after the last event in the tables from which replies have a warning. None never warns.
-        trained_as_of: `tables_as_of` at training time. None if the tables haven't been replaced.
+        stale_after_days: Days after the last event in counters and histories until replies warn. None never warns.
+        trained_as_of: `tables_as_of` at training time. None if it is still the same.
         files_digest: Digest of the log files that the tables contain. None if it is unknown.
         journal: `id` of the journal whose live events the tables contain, and `through`, the number of the last segment
             that they contain. None if the tables contain no live events.
@@ -139,7 +139,7 @@ def read_example(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a weights file by name, without converting types. Raises UserError if it is missing or damaged."""
+    """Return the tensors of a file by name, with stored types. Raises UserError if it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -205,7 +205,7 @@ def read_model(info: ArtifactInfo, folder: Path) -> RankingModel:
 
 
 def read_calibration(folder: Path) -> Calibration:
-    """Read a folder's calibration, `UNCALIBRATED` if it has no file. Raises UserError for a damaged file."""
+    """Read the calibration in an artifact folder, `UNCALIBRATED` if there is none. Raises UserError if damaged."""
     from mmoe_rec.model.score import UNCALIBRATED, Calibration, TaskCalibration
 
     path = folder / "calibration.json"
@@ -226,7 +226,7 @@ class ExampleScores:
 
     Attributes:
         predictions: Predictions (N,) by task. Scores are computed from predictions, so they are not stored.
-        computed_with: Versions of the packages that computed the predictions, and the `processor`.
+        computed_with: Package -> version, and `processor` -> its architecture, of the process that computed them.
     """
 
     predictions: Mapping[str, Sequence[float]]
@@ -234,10 +234,10 @@ class ExampleScores:
 
     @staticmethod
     def of(ranking: Any, tasks: Sequence[ModelTask]) -> ExampleScores:
-        """Return the scores of a ranking that this process computed.
+        """Record the predictions that this process computed for the example, with its package versions.
 
         Args:
-            ranking: A `Ranking` of all candidates of the example.
+            ranking: `Ranking` of all candidates of the example.
             tasks: Tasks of the model.
         """
         ranks = np.argsort(ranking.order)
@@ -254,14 +254,14 @@ class ExampleScores:
     def describe_difference(
         self, scores: ExampleScores, tasks: Sequence[ModelTask], calibration: Calibration
     ) -> str | None:
-        """Describe the first prediction that differs by more than rounding, as part of a sentence.
+        """Return a clause on the first prediction that differs from `scores` by more than rounding, None if all agree.
 
         The tolerance is TOLERANCE times the scale of the task. The scale is the largest prediction in the example, or a
         regression's standard deviation if that is larger. A steep calibration multiplies rounding errors of logits, so
-        the tolerance grows with its slope. Returns None if all predictions are close.
+        the tolerance grows with its slope.
 
         Args:
-            scores: Scores to compare, computed now.
+            scores: Predictions of the example by the current process. This object has the expected ones.
             tasks: Tasks of the model.
             calibration: Calibration of the model.
         """
@@ -288,7 +288,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of an artifact's files by relative path. Raises UserError for a damaged manifest."""
+    """Return relative path -> SHA-256 of an artifact's files. Raises UserError if the manifest is damaged."""
     tree = _read_object(folder / MANIFEST_FILE) or {}
     files = tree.get("files")
     if not isinstance(files, dict) or tree.get("sha256") != _checksum(files):
@@ -302,7 +302,7 @@ def artifact_version(folder: Path) -> str:
 
 
 def check_files(folder: Path) -> None:
-    """Raise UserError if files of the artifact are missing or changed, or if loading would read an extra file."""
+    """Raise UserError if files in the manifest are missing or changed, or loading would read files that it lacks."""
     files = read_manifest(folder)
     checksums = _compute_checksums(folder, [name for name in files if (folder / name).exists()])
     for name, checksum in files.items():
@@ -314,8 +314,6 @@ def check_files(folder: Path) -> None:
 
 
 def _compute_checksums(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Return the SHA-256 of files in hexadecimal."""
-
     def compute(name: str) -> str:
         with (folder / name).open("rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()

@@ -101,7 +101,7 @@ def write_artifact(
 
 
 def write_with_weights(folder: Path, target: Path, model: Model, state_dict: Mapping[str, Tensor]) -> None:
-    """Write a copy of an artifact with a different architecture and weights. The calibration stays.
+    """Write a copy of an artifact with a different architecture and weights, but the same features and calibration.
 
     Args:
         folder: Artifact folder to copy.
@@ -139,7 +139,7 @@ def write_with_tables(
         features: Folder that `mmoe_rec.preprocessing.extend` wrote for the model.
         tables_as_of: Time of the last request in the tables, in microseconds.
         files_digest: Digest of the log files in the tables, as in `ArtifactInfo`.
-        journal: Part of the journal in the tables, as in `ArtifactInfo`.
+        journal: Which events of a server's journal the tables contain, as in `ArtifactInfo`.
 
     Raises:
         UserError: The copied folder was modified, or the model can't score its example.
@@ -157,12 +157,12 @@ def write_with_tables(
 
 
 def copy_files(folder: Path, out: Path, exclude_prefix: str | None = None) -> None:
-    """Copy the files of an artifact folder that are in its manifest.
+    """Copy the files that the manifest of an artifact folder lists, without the manifest.
 
     Args:
         folder: Artifact folder to copy.
         out: Folder that gets the files.
-        exclude_prefix: Prefix of file names to leave out.
+        exclude_prefix: Start of the relative paths to leave out, such as `features/`. None copies all files.
     """
     for name in read_manifest(folder):
         if exclude_prefix is None or not name.startswith(exclude_prefix):
@@ -171,9 +171,9 @@ def copy_files(folder: Path, out: Path, exclude_prefix: str | None = None) -> No
 
 
 def finalize_artifact(folder: Path) -> None:
-    """Score the example with the model in a folder, and write its scores and the manifest.
+    """Score the example request with the model in a folder, and write its predictions and the manifest.
 
-    Call this when the other files are complete, or after changing them on purpose.
+    Call this when all other files are complete, or after changing them on purpose.
 
     Raises:
         UserError: The model can't be loaded or can't score its example.
@@ -188,7 +188,7 @@ def finalize_artifact(folder: Path) -> None:
 
 
 def _write_info(folder: Path, info: ArtifactInfo) -> None:
-    """Write `model.json`, which excludes the layout."""
+    """Write `model.json`. It leaves out the layout, which is in `layout.json`."""
     tree = asdict(info)
     del tree["layout"]
     _write_json(folder / "model.json", {"format": FORMAT, **tree})
@@ -227,7 +227,7 @@ def _build_example_request(features: Path, tables_as_of: str | None) -> dict[str
 
 
 def _frequent_ids(pipeline: FeaturePipeline, features: Path, role: Role, key: str) -> list[Any]:
-    """Return the most frequent IDs, or any IDs of the log if no feature has a vocabulary of them."""
+    """Return up to `EXAMPLE_CANDIDATES` IDs of column `key`: the most frequent ones, or any if it has no vocabulary."""
     seen = pq.read_table(features / f"latest.{role}.parquet", columns=[key]).column(key)
     return _vocabulary_ids(pipeline, key) or seen[:EXAMPLE_CANDIDATES].to_pylist()
 
@@ -240,7 +240,7 @@ def _vocabulary_ids(pipeline: FeaturePipeline, column: str) -> list[Any]:
 
 
 def _example_values(pipeline: FeaturePipeline, role: Role) -> dict[str, list[Any]]:
-    """Return column -> frequent IDs or a mean number, for the columns with this role. Unknown examples are None."""
+    """Return column -> `EXAMPLE_CANDIDATES` typical values, None if unknown, for the columns with this role."""
     examples: dict[str, list[Any]] = {}
     uses, keys = column_uses(pipeline.schema), pipeline.schema.columns.names
     for column, column_role in pipeline.schema.input_columns().items():

@@ -1,11 +1,11 @@
 """Score the rows of a log in batch, and write predictions, scores and ranks as Parquet.
 
-    1. Score each part of the log, and put the request and score of each row into a database (`_RANK_KEYS`).
+    1. Score each part (consecutive rows) of the log, and put each row's request and score into a database.
     2. Compute each row's rank within its request in the database, because a request may have rows in several parts.
     3. Write the rows of each part with predictions, scores and ranks.
 
-Each chunk has a fixed number of rows and is scored by one thread, so results don't depend on the engine or the number
-of workers. The output is written atomically:
+One thread scores a fixed number of rows at a time, so results don't depend on the settings `data.engine` and
+`data.workers`. The output is written atomically:
 
     <output>/_manifest.json            the input, the model and the settings
     <output>/part-00000.parquet       the scored rows, in the input's order
@@ -69,11 +69,11 @@ if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
 
 _REPORTED_KEYS = {"model", "model_version", "rows", "meaning", "seen_in_training"}
-"""Keys of the manifest that the command reports. If an older version did not write them, rows are scored again."""
+"""Keys of the manifest that the command `score` reports. If a manifest lacks one, rows are scored again."""
 AsOf = Literal["log", "tables"]
 """Source of counters and histories: the log as of each request, or the model's own tables."""
 ALL_TIMES: Window = (None, None)
-# Defaults that replace the stored settings, because stored settings describe the machines that trained the model.
+# Replace these settings of the model, because they were chosen for the machines that trained it.
 _LOCAL_OPTIONS = ("--data.engine", "local", "--data.workers", "null")
 
 
@@ -84,7 +84,7 @@ class ScoredLog:
     Attributes:
         folder: Folder of scores.
         manifest: Contents of its manifest.
-        reused: Whether the folder had these scores already.
+        reused: Whether the folder already had these scores, so nothing was scored.
     """
 
     folder: Path
@@ -102,17 +102,17 @@ def score_log(
     labels: bool = False,
     keep: Sequence[str] = (),
 ) -> ScoredLog:
-    """Score each row of a log with a model, and write keys, predictions, score and rank to a folder.
+    """Score each row of a log with a model, and write its keys, predictions, score and rank to a folder.
 
     If the folder already has these scores of the same input, model and settings, nothing is scored again.
 
     Args:
         model: URI of the model, see `resolve_model`.
-        source: Folder of Parquet files, a file or a glob.
+        source: Log to score: a folder of Parquet files, a file or a glob.
         output: New or empty folder, or a folder of scores. Old scores are replaced when the new ones are complete.
-        as_of: `log` computes each row's features from the log and the event logs before its request. `tables` uses the
-            tables of the model.
-        window: Request times to score, in microseconds. Earlier rows of the log only feed the features.
+        as_of: `log` computes each row's counters and histories from the log and the event logs before its request.
+            `tables` takes them from the tables of the model.
+        window: First request time to score and end (exclusive), in microseconds. Earlier rows only feed the features.
         overrides: Overrides of the settings that the model was trained with, such as `--data.workers 2`.
         labels: Whether to write the labels too. A label that isn't observed yet at the log's last request is null.
         keep: Further columns of the log to write, such as columns for slices of an evaluation.
@@ -203,7 +203,7 @@ class _Scoring:
         return manifest
 
     def _look_up_features(self, steps: BuildSteps) -> dict[str, Any]:
-        """Look up counters and histories of the rows, and return facts for the manifest."""
+        """With `as_of` "log", look up counters and histories. Returns the log's `first` and `last` request time."""
         if self.as_of == "tables":
             steps.find_requests()
             return {"first": None}
@@ -219,7 +219,7 @@ class _Scoring:
         return UserError(f"no row of '{self.source}' was requested from {start} to {end}. Change --start and --end.")
 
     def _score_parts(self, steps: BuildSteps, scratch: Path, facts: Mapping[str, Any]) -> Iterator[pa.Table]:
-        """Score each part of the log into a file, and yield the keys of its rows for ranking (`_RANK_KEYS`)."""
+        """Write the scored rows of each part of the log to a file, and yield the part's table of `_RANK_KEYS`."""
         options, total, tasks = self.logs.options, self.logs.log.rows, list(enumerate(steps.parts))
         processes = total >= MIN_ROWS_FOR_PROCESSES and not self.source.startswith("memory://")
         job = _ScoreJob(
@@ -262,7 +262,7 @@ class _Scoring:
         }
 
     def _describe_past(self, facts: Mapping[str, Any]) -> str:
-        """Describe the data that the features of the scored rows include."""
+        """Return sentences about the data that counters and histories of the scored rows include, for the manifest."""
         if self.tables_as_of is None:
             return "the model was trained on a plain table, so its features depend only on the row itself"
         if self.as_of == "log":
@@ -299,9 +299,9 @@ class _ScoreJob:
     reader: LogReader
     results: ResultExchange | None  # Counters and histories of the rows. None uses the tables of the model.
     window: Window
-    labels_as_of: int | None  # Labels that are final later, in microseconds, are null. None writes no labels.
+    labels_as_of: int | None  # Labels not final at this time (microseconds) are null. None: no labels.
     extra_columns: tuple[str, ...]
-    split: Split | None  # Finds rows that the model has seen in training. None skips this.
+    split: Split | None  # Splits of the model, to find rows that it was trained on. None: skip this.
     folder: Path
 
 
@@ -319,17 +319,17 @@ _RANK_KEYS = pa.schema(
     {
         "part": pa.int32(),  # Number of the part of the log.
         "request": pa.uint64(),  # Hash of the request.
-        "score": pa.float64(),  # Log score.
+        "score": pa.float64(),  # Logarithm of the score.
         "number": pa.int64(),  # Number of the row in the log.
         "time": pa.int64(),  # Time of the request in microseconds.
         "seen_in_training": pa.bool_(),  # Whether the row was in the training or validation split of the model.
     }
 )
-"""Columns of a scored row that ranking and the manifest need."""
+"""Columns of the table `rows`, from which the database computes ranks, and counts for the manifest."""
 
 
 def _score_part(job: _ScoreJob, task: tuple[int, LogPart]) -> pa.Table:
-    """Score one part of a log, given with its number, write it to a file, and return its `_RANK_KEYS`."""
+    """Score one part of a log, write its rows to a file, and return its `_RANK_KEYS`. `task` is (part number, part)."""
     import torch
 
     from mmoe_rec.model.matmul import choose_serving_backend
@@ -367,7 +367,6 @@ def _score_part(job: _ScoreJob, task: tuple[int, LogPart]) -> pa.Table:
 
 
 def _scored_file(folder: Path, number: int) -> Path:
-    """Return the path of a part's scored but unranked rows."""
     return folder / f"{number}.arrow"
 
 
@@ -381,9 +380,9 @@ def write_ranked(database: Database, scored: Path, folder: Path, constants: Mapp
 
     Args:
         database: Database with a table `rows` that has the columns of `_RANK_KEYS`.
-        scored: Folder of the scored parts.
+        scored: Folder of the scored but unranked parts.
         folder: Folder that gets the files.
-        constants: Columns with one value in all rows.
+        constants: Columns to add -> their value, which is the same in all rows.
 
     Returns:
         Number of rows by file name.
@@ -409,9 +408,9 @@ def write_ranked(database: Database, scored: Path, folder: Path, constants: Mapp
 def _open_logs(
     source: str, pipeline: FeaturePipeline, settings: Settings, as_of: AsOf, labels: bool, keep: Sequence[str]
 ) -> tuple[Logs, list[str]]:
-    """Open the log to score and the event logs that its features need. Returns also the attributes that all files lack.
+    """Open the log to score and the event logs that its features need. Returns also the attributes that the log lacks.
 
-    Files may lack attributes only with `as_of` "tables". The latest values in the model replace them.
+    With `as_of` "tables", the log may lack attributes of users and candidates. The model's latest values replace them.
     """
     files = [set(read_column_names(file.uri)) for file in find_files(source, "--input")]
     schema, columns, missing = pipeline.schema, pipeline.schema.columns, list[str]()
@@ -421,13 +420,13 @@ def _open_logs(
         available = set(columns.names).union(*files)
         attributes = [name for name, role in schema.input_columns().items() if has_ids.get(role)]
         missing = [name for name in attributes if name not in available]
-        options = replace(options, on_future_times="keep")  # The current tables may score future requests.
+        options = replace(options, on_future_times="keep")  # Rows to score with tables may be future requests.
     read_schema = _read_schema(schema, settings, as_of, missing, labels)
     log_types, *event_types = key_types(pipeline, read_schema)
     more_uses: dict[str, ColumnUse] = {name: "any" for name in keep if name not in column_uses(read_schema)}
     split = settings.split.column
     if labels and split is not None and all(split in names for names in files):
-        log_types = {name: kind for name, kind in log_types.items() if name != split}  # No feature reads the split.
+        log_types = {name: kind for name, kind in log_types.items() if name != split}  # The split may have any type.
         more_uses[split] = "any"
     predicted = prediction_columns(pipeline.layout)
     added = {*predicted, *(column.replace("predicted", "label", 1) for column in predicted), "score", "rank"}
@@ -440,8 +439,8 @@ def _open_logs(
 def _read_schema(schema: Schema, settings: Settings, as_of: AsOf, missing: Collection[str], labels: bool) -> Schema:
     """Return the part of a model's schema that scoring reads.
 
-    Placement (absent in serving), sampling rates, the split and missing attributes are excluded. So are labels and
-    events that no counter or history reads, but `labels` includes all labels.
+    This leaves out placement (absent in serving), sampling rates, the split, and features of `missing` attributes. With
+    `as_of` "log", labels and events stay if counters or histories need them. `labels` keeps all labels.
     """
     scored = [name for name in schema.features if schema.role_of(name) != "placement"]
     needed = {*scored, *(schema.features[name].table_owner for name in scored)}
@@ -474,8 +473,8 @@ def read_window(reader: LogReader, results: ResultReader | None, window: Window,
 
     Args:
         reader: Reader of the log.
-        results: Counters and histories that `BuildSteps` looked up for the window. None yields rows without them.
-        window: Request times, in microseconds.
+        results: Reads counters and histories that `BuildSteps` looked up. None yields rows without them.
+        window: First request time and end (exclusive) in microseconds, None for no bound.
         part: Part of the log.
     """
     for rows in reader.read(part):

@@ -1,10 +1,11 @@
 """Export a model to int8 or ONNX, and measure the difference from the original.
 
-An int8 model is an ordinary artifact folder. Its tables stay int8 in memory, and its matrices are computed in float32.
-An ONNX file contains everything after the features, for other servers:
+An int8 model is an ordinary artifact folder. Its tables stay int8 in memory, and its bfloat16 matrices become float32.
+An ONNX file computes scores from encoded features, for other servers:
 
     <folder>/
-        model.onnx      table rows and numbers of N candidates -> predictions (N, P), log_score (N,), score (N,).
+        model.onnx      IDs and numbers of N candidates -> predictions (N, P), log_score (N,), score (N,). IDs are
+                        rows of embedding tables, and P counts tasks and joint outcomes.
                         Weights of more than 1.5 GB are in model.onnx.data
         inputs.json     names of the input columns, and their tables
         example.npz     inputs of the model's example request, and the model's outputs
@@ -54,7 +55,7 @@ def write_int8(folder: Path, out: Path) -> dict[str, Any]:
         out: Empty folder for the int8 model.
 
     Returns:
-        The sizes of both models as `bytes`, and `max_difference` on the model's example request (see
+        `bytes`, with the sizes of both models, and `max_difference` between their outputs for the example request (see
         `max_relative_differences`).
 
     Raises:
@@ -87,14 +88,14 @@ def _count_bytes(folder: Path) -> dict[str, int]:
 
 
 def outputs_in_request_order(ranking: Ranking) -> ModelOutputs:
-    """Return the outputs of a ranking of all candidates, in the order of the request."""
+    """Return the predictions and scores of a ranking of all candidates, in the order of the request."""
     ranks = np.argsort(ranking.order)
     values = {**ranking.predictions, "score": ranking.scores}
     return {name: np.array(outputs, np.float64)[ranks] for name, outputs in values.items()}
 
 
 def max_relative_differences(base: ModelOutputs, outputs: ModelOutputs) -> dict[str, float]:
-    """Return the largest difference of each prediction and of the score. Differences of values over 1 are relative.
+    """Return output name -> largest difference over the candidates. Differences of values over 1 are relative.
 
     Args:
         base: Outputs of the original model.
@@ -111,7 +112,7 @@ _LARGEST = float(np.log(np.finfo(np.float64).max))
 
 
 class _ExportModule(nn.Module):
-    """The computation from encoded inputs to scores, for export. All experts run on all rows, so nothing branches."""
+    """The computation from encoded inputs to scores, for export. All experts run, so the graph has no branches."""
 
     def __init__(self, ranker: Ranker) -> None:
         super().__init__()
@@ -140,7 +141,7 @@ class _ExportModule(nn.Module):
         return self._dense(torch.cat([*embedded, *numbers], dim=1), tree_logits)
 
     def _dense(self, inputs: Tensor, tree_logits: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute predictions of tasks and then of joint outcomes, (N, P); log scores and scores, (N,) float64."""
+        """Compute predictions (N, P), first of tasks, then of joint outcomes; log scores and scores, (N,) float64."""
         model, tasks = self.model, self._layout.tasks
         logits = model.forward_inputs(inputs[:, : model.width], None).logits
         if self._trees is not None and tree_logits is not None:
@@ -161,10 +162,10 @@ def write_onnx(folder: Path, out: Path) -> dict[str, Any]:
         out: Empty folder for the ONNX file.
 
     Returns:
-        `max_difference` on the model's example request (see `max_relative_differences`).
+        `max_difference` between model and file on the example request (see `max_relative_differences`).
 
     Raises:
-        UserError: The model has attention, the exporter can't follow it, or the file gives different predictions.
+        UserError: The model has attention, torch can't export it, or the file gives different predictions.
     """
     ranker = Ranker.load(folder)
     if ranker.layout.attention:
@@ -173,7 +174,7 @@ def write_onnx(folder: Path, out: Path) -> dict[str, Any]:
         raise UserError(f"{problem}. Train with pooling: mean.")
     request, layout, trees = read_example(folder), ranker.layout, ranker.model.trees
     example, outputs = encode_request(ranker, request), outputs_in_request_order(ranker.rank(**request))
-    has_trees = trees is not None and bool(trees.texts)  # Every task may lack trees.
+    has_trees = trees is not None and bool(trees.texts)  # `trees` may cover no task.
     _export(_ExportModule(ranker), example, len(ranker.task_names) if has_trees else 0).save(out / MODEL_FILE)
     if trees is not None and has_trees:
         add_trees(out / MODEL_FILE, trees, ranker.task_names)
@@ -205,7 +206,7 @@ def write_onnx(folder: Path, out: Path) -> dict[str, Any]:
 
 
 def _export(graph: _ExportModule, example: Mapping[str, np.ndarray], tree_logits: int) -> torch.onnx.ONNXProgram:
-    """Export a module to an ONNX graph for inputs like an example. With trees, `tree_logits` is the number of tasks."""
+    """Export a module as ONNX for inputs like an example. `tree_logits` is the number of tasks, 0 without trees."""
     tensors, sizes, candidates = dict[str, Tensor](), dict[str, Any](), torch.export.Dim("candidates")
     for name, array in example.items():
         list_length = {1: torch.export.Dim.DYNAMIC} if name.startswith("ids.") else {}
@@ -235,8 +236,8 @@ def _export(graph: _ExportModule, example: Mapping[str, np.ndarray], tree_logits
 def add_trees(path: Path, trees: Trees, names: Sequence[str]) -> None:
     """Put the trees of a model's tasks into its ONNX file, replacing the input `tree_logits`.
 
-    Trees read the graph's input `numbers` and then the first columns of `ids`. The graph needs tree logits for every
-    task. A task without trees gets the trees of another task, but `Trees.blend` gives them no weight.
+    The trees' features are the columns of the input `numbers`, followed by the first columns of `ids`. The graph needs
+    tree logits for every task. A task without trees gets another task's trees, but `Trees.blend` ignores them.
 
     Args:
         path: ONNX file to change.
@@ -262,7 +263,7 @@ def add_trees(path: Path, trees: Trees, names: Sequence[str]) -> None:
 
 
 def _tree_attributes(trees: Sequence[Tree]) -> dict[str, list[Any]]:
-    """Return trees as attributes of a TreeEnsembleRegressor."""
+    """Return trees as attributes of the ONNX operator TreeEnsembleRegressor."""
     nodes, leaves = list[dict[str, Any]](), list[dict[str, Any]]()
     for number, tree in enumerate(trees):
         # Number the nodes: first splits (the root is 0), then leaves, then the extra nodes of splits by several IDs.
@@ -287,14 +288,14 @@ def _tree_attributes(trees: Sequence[Tree]) -> dict[str, list[Any]]:
 
 
 def _single_id_names(layout: ModelLayout) -> list[str]:
-    """Return the names of the inputs with one ID per row, which are the columns of `ids`. IDs for trees come first."""
+    """Return the inputs with one ID per row, as the columns of `ids` are ordered: first the inputs that trees read."""
     tree_ids = layout.single_ids()
     single = [id_input.name for id_input in layout.ids if not id_input.is_list and not id_input.placement]
     return [*tree_ids, *(name for name in single if name not in tree_ids)]
 
 
 def encode_request(ranker: Ranker, request: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return the inputs of the graph for the N candidates of a request, see `build_onnx_inputs`.
+    """Return the inputs of the ONNX graph for the N candidates of a request, see `build_onnx_inputs`.
 
     Args:
         ranker: Loaded model.
@@ -310,7 +311,7 @@ def encode_request(ranker: Ranker, request: Mapping[str, Any]) -> dict[str, np.n
 def build_onnx_inputs(
     layout: ModelLayout, requests: Inputs, candidates: Inputs, request_index: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Build the graph's inputs for N candidates.
+    """Build the inputs of the ONNX graph for N candidates.
 
     Args:
         layout: Layout of the model.
@@ -319,9 +320,9 @@ def build_onnx_inputs(
         request_index: Index of each candidate's request, (N,) int64.
 
     Returns:
-        Arrays by name, without inputs that have no columns. `ids` (N, S) int64 contains table rows of inputs with one
-        ID. `ids.NAME` (N, L) int64 contains the table rows of a list input, padded with -1. `numbers` is (N, D)
-        float32.
+        Arrays by name, without empty ones. `ids` (N, S) int64 contains rows of embedding tables, for the S inputs with
+        one ID. `ids.NAME` (N, L) int64 contains such rows for an input with up to L IDs, padded with -1. `numbers`
+        is (N, D) float32, with D dense inputs.
     """
     ids: dict[str, Any] = {name: values.take(request_index) for name, values in requests.ids.items()} | candidates.ids
     dense = {name: values.take(request_index) for name, values in requests.dense.items()} | candidates.dense
@@ -339,7 +340,7 @@ def build_onnx_inputs(
 
 
 def load_onnx(folder: Path) -> Callable[[Mapping[str, np.ndarray]], ModelOutputs]:
-    """Return a function that runs the exported file in onnxruntime on the inputs of `encode_request`."""
+    """Return a function that runs the ONNX file of a folder in onnxruntime, on inputs as from `encode_request`."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(folder / MODEL_FILE), providers=["CPUExecutionProvider"])

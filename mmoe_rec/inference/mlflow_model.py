@@ -62,12 +62,13 @@ class RankingPythonModel(PythonModel):
 
         Args:
             context: Not used.
-            model_input: A request, a list of requests, the body of a call, or a data frame with one row per candidate
+            model_input: A request, a list of requests, `{"inputs": [...]}`, or a data frame with one row per candidate
                 (`group_rows_by_request`) or per request.
             params: Options for all requests.
 
         Returns:
-            One ranking per request (see `Ranking`). For a data frame with one row per candidate, a row for each row.
+            One ranking per request (`Ranking.to_dict`). For a data frame with one row per candidate, a data frame with
+            predictions, score and rank of each row.
 
         Raises:
             BadRequestError: A request is invalid.

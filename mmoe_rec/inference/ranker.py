@@ -1,4 +1,4 @@
-"""`Ranker` answers requests with a model in memory: encode the rows, score them, calibrate and sort.
+"""`Ranker` answers requests with a model in memory: it encodes the candidates, scores them, calibrates and sorts.
 
 A ranker runs on the CPU, since a request of a few hundred rows doesn't justify a GPU. This module needs torch, but not
 torchrec, torch.distributed or mlflow.
@@ -65,8 +65,8 @@ class LiveState:
 
     Attributes:
         pipeline: Features that include the events.
-        reader: Request reader that includes the latest values.
-        updated_until: Time of the last included event, in microseconds.
+        reader: Request reader with the latest values of users and candidates.
+        updated_until: Time of the last included event or logged request, in microseconds.
     """
 
     pipeline: FeaturePipeline
@@ -75,7 +75,7 @@ class LiveState:
 
 
 class _CheckedRequest(NamedTuple):
-    """A request with its index in the call, task weights, (T,) float64, and expert options, all checked."""
+    """A checked request with its index among the call's requests, its task weights (T,) float64 and expert options."""
 
     number: int
     request: Request
@@ -159,7 +159,7 @@ class Ranker:
         return ranker
 
     def _check_example(self, folder: Path) -> None:
-        """Compare the example's scores with the stored ones. This also builds the lazy indexes of encoders."""
+        """Raise an error if the example's predictions aren't the stored ones. Also builds encoders' lazy indexes."""
         actual, expected = self.score_example(folder), ExampleScores.read(folder)
         if difference := expected.describe_difference(actual, self.info.tasks, self.calibration):
             versions = ", ".join(f"{name} {version}" for name, version in expected.computed_with.items())
@@ -175,7 +175,7 @@ class Ranker:
             return ExampleScores.of(self.rank(**read_example(folder)), self.info.tasks)
 
     def apply_serving_settings(self, serving: Mapping[str, Any]) -> None:
-        """Override settings of the artifact. A new `matmul_backend` takes effect in `apply_matmul_backend`."""
+        """Replace serving settings of the artifact by name. A new `matmul_backend` needs `apply_matmul_backend`."""
         self.info = replace(self.info, **serving)
         self.reader.max_candidates = self.info.max_candidates
 
@@ -191,7 +191,7 @@ class Ranker:
         return tables_as_of_us(self.info)
 
     def build_state(self, rows: Mapping[str | None, LogRows]) -> LiveState:
-        """Build the live state that includes further rows by event log. The key None is the interaction log."""
+        """Return the live state extended by new rows: name of an event log (None: the interaction log) -> its rows."""
         previous, rows = self._state, {source: part for source, part in rows.items() if len(part)}
         pipeline, reader = previous.pipeline, copy(previous.reader)
         if None in rows:
@@ -229,7 +229,7 @@ class Ranker:
             task_weights: Task or objective -> weight, see `mmoe_rec.inference.request_reader.resolve_task_weights`.
             top_k: Number of best candidates to return. None returns all.
             gate_top_k: Experts per candidate and gate. None is the model's own number.
-            mask_experts: Numbers of experts to score without.
+            mask_experts: Numbers (from 0) of the experts to score without.
             explain: Whether to return `explanations`, see `Explanation`.
 
         Raises:
@@ -244,7 +244,7 @@ class Ranker:
         return answer
 
     def rank_many(self, requests: Sequence[Request | RequestError]) -> list[Ranking | RequestError]:
-        """Rank the candidates of each request. Invalid requests, and errors among `requests`, get errors.
+        """Rank the candidates of each request. Invalid requests and errors in `requests` are answered with an error.
 
         Requests with the same columns and expert options are scored together.
         """
@@ -299,7 +299,7 @@ class Ranker:
         order = np.lexsort((-log_scores, rows.request_index))
         names = pipeline.schema.columns
         ids = rows.column(names.candidate).to_pylist()
-        # The rows of a plain table have no real IDs, so no ID is unknown.
+        # Without candidate IDs in the log, the IDs are only numbers, so no ID is unknown.
         is_unknown = rows.unseen(names.candidate) & names.has_candidate
         unknown_candidates = np.bincount(rows.request_index, is_unknown, len(batch)).astype(int).tolist()
         unknown_users = (rows.shared.unseen(names.user) & names.has_user).astype(int).tolist()
@@ -377,7 +377,7 @@ class Ranker:
         return scored.predictions, scored.log_predictions @ weights
 
     def score_table(self, rows: Rows) -> pa.Table:
-        """Return rows' keys, a column `predicted_NAME` for each task and joint label, and `score` (see `score`)."""
+        """Score rows (see `score`). Returns keys, `predicted_NAME` for each task and joint outcome, and `score`."""
         rows = read_rows(self.pipeline, rows)
         return scored_table(rows, *self.score(rows), self.layout)
 

@@ -1,4 +1,4 @@
-"""Rankings and explanations as answers to requests, warnings about request times, and tables of scored rows."""
+"""Answers to requests (rankings, explanations, warnings about request times), and tables of scored rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mmoe_rec.settings.log_columns import NO_CANDIDATE
 if TYPE_CHECKING:
     from mmoe_rec.inference.scorer import Scored
 
-# Larger integers lose digits in JavaScript, so events could not be joined with the request.
+# JavaScript clients round larger integers, so their events would have the ID of no request.
 _JAVASCRIPT_BITS = 53
 
 
@@ -34,8 +34,8 @@ class Explanation:
         uncalibrated: Prediction before calibration, by task.
         calibrated: Prediction after calibration, by task.
         gates: Weight of each expert of the last level of experts, by task.
-        counters: Counter values before standardization, by input. None if a value is missing.
-        histories: IDs by feature, oldest first. An ID outside the vocabulary is None, and so is a missing history.
+        counters: Counter values before standardization, by output such as `user_product_log_sum`. None if missing.
+        histories: IDs by history, oldest first. An ID outside the vocabulary is None, and so is a missing history.
     """
 
     uncalibrated: dict[str, float]
@@ -52,7 +52,7 @@ def new_request_id(integer: bool) -> int | str:
 
 @dataclass(frozen=True, eq=False)
 class RankedRequest:
-    """One of the requests that were ranked together in a batch.
+    """A request's features, as part of the batch of requests in which it was ranked.
 
     Attributes:
         rows: Rows of the whole batch.
@@ -91,13 +91,13 @@ class Ranking:
         log_scores: Logarithms of the scores, for scores that are too small or too large for a float.
         predictions: Predictions by task, and by `CONDITION_and_TASK` for tasks with `conditional_on`: the probability
             of both labels (see `add_joint_predictions`).
-        order: Position that each candidate had in the request.
+        order: Index that each candidate had in the request, from 0.
         request_time: ISO time of the request.
         tables_as_of: ISO time of the last logged request in the model's tables. None if the log has no times.
         warnings: Sentences about tasks without a usable expert, and about the request's time.
         model: The artifact's `name` and `version` (`artifact_version`).
         explanations: An explanation for each candidate, if the request asked for explanations.
-        unknown_ids: Number of unknown IDs of `user` and `candidate`.
+        unknown_ids: Number of IDs that neither the tables nor live events contain, by key (`user`, `candidate`).
         request_id: The caller's ID or a new one, if requests are logged.
         ranked_request: The request as the features read it (`RankedRequest`), if requests are logged.
     """
@@ -117,7 +117,7 @@ class Ranking:
     ranked_request: Any = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the ranking as JSON values, without internal fields. Absent explanations and IDs are left out."""
+        """Return the ranking as JSON values, without `INTERNAL_FIELDS` and absent explanations and request IDs."""
         names = [attribute.name for attribute in fields(self) if attribute.name not in INTERNAL_FIELDS]
         tree = {name: getattr(self, name) for name in names}
         if self.explanations is not None:
@@ -156,7 +156,7 @@ def build_explanations(
 
 
 def check_request_time(info: ArtifactInfo, updated_until: int, time: int) -> list[str]:
-    """Return a warning if the request's time doesn't fit the counters and histories, else an empty list.
+    """Return a warning if counters and histories include a request's future or are stale, else an empty list.
 
     Args:
         info: Metadata of the model.
@@ -182,7 +182,7 @@ ROW_NUMBER_COLUMN = "row"
 
 
 def prediction_columns(layout: Layout) -> list[str]:
-    """Return the names of the prediction columns of a layout, first tasks and then joint outcomes."""
+    """Return the names of prediction columns in a scored table, first of tasks and then of joint outcomes."""
     return [f"predicted_{name}" for name in (*(task.name for task in layout.tasks), *layout.joint_outcomes)]
 
 
@@ -190,7 +190,7 @@ def scored_table(rows: LogRows, values: np.ndarray, log_scores: np.ndarray, layo
     """Build a table with the keys, predictions and scores of N rows.
 
     Args:
-        rows: Rows with the key columns. Without candidate IDs, `ROW_NUMBER_COLUMN` is a key.
+        rows: Rows with the key columns. In a log without candidate IDs, `ROW_NUMBER_COLUMN` is a key.
         values: Predictions, (N, T).
         log_scores: Log scores, (N,).
         layout: Names of tasks and joint outcomes.

@@ -1,4 +1,4 @@
-"""Requests (a candidate list for one user in one context), and their conversion to rows for the features."""
+"""Requests (candidates for one user in one context), and their conversion to the rows that features read."""
 
 from __future__ import annotations
 
@@ -133,10 +133,10 @@ def group_rows_by_request(
         params: Options of the call.
 
     Returns:
-        A request, or the error of an inconsistent request, for each ID; and the row numbers of each request.
+        The fields of a request, or the error of an inconsistent one, for each ID; and the row numbers of each request.
 
     Raises:
-        RequestError: A column is unknown or occurs twice, or an option's reply wouldn't have one row per candidate.
+        RequestError: A column is unknown or occurs twice, an ID is null, or `params` has `top_k` or `explain`.
     """
     if option := next((name for name in ("top_k", "explain") if params.get(name)), None):
         raise RequestError(f"{option} is not for data frames, which get one prediction per row. Send 'inputs'.")
@@ -234,7 +234,7 @@ def resolve_task_weights(tasks: Sequence[ModelTask], overrides: Mapping[str, Any
 
 @dataclass(frozen=True)
 class _RequestColumn:
-    """A column of a request, with its type in the log if the log has it (`expected`)."""
+    """A column that requests may contain. `expected` is its Arrow type, None if unknown."""
 
     name: str
     role: Role
@@ -247,7 +247,7 @@ class RequestReader:
     """Checks requests and fills in absent columns from the latest values of users and candidates.
 
     A given null stays null. Absent columns of the context, and of unknown users and candidates, are null. The request's
-    time defaults to now. Requests to the model of a plain table, which has no IDs, must contain all columns.
+    time defaults to now. If the log has no user (or candidate) IDs, requests must contain all columns of this role.
 
     A request may also contain its ID and precomputed values, which replace values of the model's tables: counters under
     the names of their outputs (such as `user_product_log_sum`), and histories under the feature's name, oldest first.
@@ -266,7 +266,7 @@ class RequestReader:
         names, inputs, uses = schema.columns, schema.input_columns(), column_uses(schema)
         self.users = LatestValues.load(features, "user", names.user)
         self.candidates = LatestValues.load(features, "candidate", names.candidate)
-        # Without IDs there are no latest values to complete a request.
+        # Without IDs there are no latest values to fill in absent columns.
         has_ids = {"user": names.has_user, "candidate": names.has_candidate}
         self._required: dict[str, Role] = {name: role for name, role in inputs.items() if not has_ids.get(role, True)}
         types = pipeline.column_types()
@@ -288,14 +288,14 @@ class RequestReader:
         self._ignored = {n: r for n, r in schema.column_roles.items() if n not in inputs and n not in self._columns}
 
     def describe_parts(self) -> dict[str, dict[str, str]]:
-        """Return the columns of each part of a request with their types in the log, or else their use."""
+        """Return part of a request (such as `user`) -> column -> type, or how it is read if the type is unknown."""
         return {
             part: {c.name: str(c.expected or c.use) for c in self._columns.values() if c.role == role}
             for role, part in REQUEST_KEYS.items()
         }
 
     def rows(self, requests: Sequence[Request]) -> RequestRows:
-        """Return the rows of all candidates of at least one request. The requests must have equal `columns`.
+        """Convert one or more requests to rows, one for each candidate. The requests must have equal `columns`.
 
         Raises:
             RequestError: A column is invalid. The error names the column but not the request.
@@ -326,7 +326,7 @@ class RequestReader:
         return RequestRows(ServingRows(request_values, len(requests), self.schema), candidate_values, request_index)
 
     def fill_attributes(self, rows: LogRows) -> LogRows:
-        """Add missing attribute columns with the latest values, null for unknown users and candidates."""
+        """Add absent attributes of users and candidates from their latest values, null for unknown IDs."""
         table = rows.table
         for latest_values in (self.users, self.candidates):
             if missing := [name for name in latest_values.columns if not rows.has_column(name)]:
@@ -337,7 +337,7 @@ class RequestReader:
         return rows if table is rows.table else LogRows(table, self.schema, rows.results)
 
     def _find_columns(self, role: Role, names: Collection[str]) -> list[_RequestColumn]:
-        """Return the columns with these names. Columns that have a role but that no feature reads are ignored."""
+        """Check that columns have this role, and return the columns except those that no feature reads."""
         for name in names:
             if (actual := self.role_of(name, f"'{REQUEST_KEYS[role]}'", role)) != role:
                 fix = f"give it in '{REQUEST_KEYS[actual]}', not in '{REQUEST_KEYS[role]}'"
@@ -349,8 +349,8 @@ class RequestReader:
 
         Args:
             name: Name of the column.
-            where: Position of the column, for error messages.
-            role: Role of the columns to suggest for a typo. None suggests all columns.
+            where: Part of the request that has the column, for error messages.
+            role: Role of the columns to suggest if the name is unknown. None suggests columns of all roles.
 
         Raises:
             RequestError: The column is unknown or describes placement.
@@ -365,7 +365,7 @@ class RequestReader:
         return actual
 
     def _read_frame_column(self, name: str, values: Any) -> Sequence[Any]:
-        """Convert a data frame column to a Python sequence, and floats to integer IDs (pandas floats nullable IDs)."""
+        """Convert a data frame column to a Python sequence. IDs that pandas made floats (for null) become integers."""
         read: Sequence[Any] = to_python_list(values)
         is_float = getattr(getattr(values, "dtype", None), "kind", "") == "f"
         if is_float and None in read and name in self._columns and self._columns[name].use == "key":
@@ -424,7 +424,6 @@ def _now() -> pa.Scalar:
 
 
 def _as_table(rows: pa.Table | pd.DataFrame) -> pa.Table:
-    """Convert rows to an Arrow table."""
     if (names := getattr(rows, "column_names" if isinstance(rows, pa.Table) else "columns", None)) is None:
         raise UserError(f"rows must be a pyarrow Table or a pandas DataFrame, not a {type(rows).__name__}")
     if (duplicate := find_duplicate(names)) is not None:

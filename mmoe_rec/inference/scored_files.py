@@ -1,4 +1,4 @@
-"""Folders with the scores of a log: their manifest, checks before writing, and warnings about training rows."""
+"""Folders with a scored log: their manifest, checks before writing, and warnings about rows seen in training."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -82,7 +82,7 @@ def is_complete(folder: Path, manifest: Mapping[str, Any]) -> bool:
 
 
 def read_overlap_warnings(files: Iterable[str]) -> list[str]:
-    """Return the warnings of `describe_training_overlap` that `score` wrote next to these files."""
+    """Return the warnings of `describe_training_overlap` in the manifests of the folders of these files."""
     folders = {Path(local_path(file)).parent for file in files if not is_remote(file)}
     warnings = [(read_manifest(folder) or {}).get("seen_in_training") for folder in sorted(folders)]
     return [warning for warning in warnings if warning is not None]
@@ -92,12 +92,12 @@ def read_overlap_warnings(files: Iterable[str]) -> list[str]:
 
 
 def format_split_value(value: Scalar) -> str:
-    """Format a value of a split column, so that numbers match the same values stored as text."""
+    """Format a value of a split column as text, so that a number or a bool matches the same value stored as text."""
     return value if isinstance(value, str) else str(int(value))
 
 
 def has_split(logs: Logs, split: Split) -> bool:
-    """Return whether the rows of the logs have a split, by their time or by a split column.
+    """Return whether the split of each row is known: times define it, or the log has the split column.
 
     Args:
         logs: Opened logs.

@@ -38,7 +38,7 @@ class InputMatrixBuilder:
         Args:
             layout: Layout of the model.
             tables: Embedding tables of the model.
-            with_ids: Whether to append the columns of single IDs, which trees read.
+            with_ids: Whether to append the IDs of inputs with one ID per row, which trees read.
             histories: Attention that pools histories, None if no history uses it.
         """
         self._tables, self._histories = tables, histories
@@ -48,7 +48,7 @@ class InputMatrixBuilder:
             name: bag.weight.detach().numpy() for name, bag in bags.items() if not isinstance(bag, Int8EmbeddingBag)
         }
         self._table_of = {id_input.name: id_input.table for id_input in layout.ids}
-        self._columns: list[tuple[str, str, slice]] = []  # input, table, columns of the matrix
+        self._columns: list[tuple[str, str, slice]] = []  # (input, table, columns of the matrix)
         width = 0
         for name in layout.id_names(placement=False):
             columns = slice(width, width + layout.table(self._table_of[name]).dim)
@@ -89,7 +89,7 @@ class InputMatrixBuilder:
         ids: Mapping[str, Any],
         request_index: np.ndarray,
     ) -> Tensor:
-        """Pool the events of one history for each candidate. The vectors of events are read once per request."""
+        """Add the attention to one history to `inputs` (N, width). Events are embedded only once per request."""
         lists = ids[name]
         assert self._histories is not None
         assert isinstance(lists, Ragged)
@@ -188,7 +188,7 @@ class Scorer:
     """A `RankingModel` over `PlainTables` with its calibration.
 
     Attributes:
-        fused: Faster function for the network's logits of inputs (B, W), None if the model doesn't allow it.
+        fused: Faster function from inputs (N, W) to the network's logits (N, T), None if the model has no such form.
     """
 
     def __init__(self, info: ArtifactInfo, model: RankingModel, calibration: Calibration) -> None:
@@ -197,7 +197,7 @@ class Scorer:
         Args:
             info: Metadata of the artifact.
             model: The model.
-            calibration: Calibration of its tasks.
+            calibration: Calibration of the model's tasks.
 
         Raises:
             UserError: The fused function differs from the model (`check_fused_forward`).
@@ -249,7 +249,7 @@ class Scorer:
         Args:
             inputs: Inputs of N rows as `RankingModel.concat_inputs` returns them, (N, W) float32.
             options: Expert options of the request.
-            explain: Whether to return gates and uncalibrated predictions too.
+            explain: Whether to return gate weights and uncalibrated predictions too.
 
         Raises:
             RuntimeError: A prediction is NaN or infinite.
@@ -277,17 +277,17 @@ class Scorer:
             values = predictions(logits, self._kinds).numpy()
             log_values = log_predictions(logits.double(), self._kinds).numpy()
             if explain:
-                # All tasks may share one gate.
+                # Repeat the weights, because all tasks may share one gate.
                 gates = outputs.routings[-1].weights.expand(-1, len(self.task_names), -1)
                 details["uncalibrated"] = predictions(uncalibrated, self._kinds).numpy()
                 details["gates"] = gates[:num_rows].numpy()
         if not (np.isfinite(values).all() and np.isfinite(log_values).all()):
-            # NaN has no order, and JSON can't represent it.
+            # NaN can't be sorted or written as JSON.
             raise RuntimeError(f"model '{self.info.name}' gives predictions that are not finite numbers")
         return Scored(values, log_values, self._warn(usable), **details)
 
     def _usable(self, options: ExpertOptions) -> Tensor | None:
-        """Return which experts a request may use, (E,) bool. None if it may use all."""
+        """Return which experts a request may use, (E,) bool, None for all."""
         if not options.masked:
             return None
         usable = torch.ones(self.num_experts, dtype=torch.bool)
@@ -308,7 +308,7 @@ class Scorer:
 def _pad_rows(inputs: Tensor) -> Tensor:
     """Append rows of zeros to inputs (N, W), at most 15 or a sixteenth of N.
 
-    oneDNN prepares and caches a matrix product for each number of rows, so fewer different numbers save time.
+    oneDNN prepares and caches a matrix product for each distinct number of rows, so fewer such numbers save time.
     """
     step = max(16, 1 << max(0, (len(inputs) - 1).bit_length() - 5))
     padding = -len(inputs) % step

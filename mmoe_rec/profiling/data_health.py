@@ -42,9 +42,9 @@ MAX_SAMPLE_ROWS = 1_000_000
 COMPARED_SPLITS = ("train", "test")
 ID_COLUMNS = ("user", "candidate", "request")
 RATE_SMOOTHING = 20.0
-"""Number of rows with the overall label rate that are added to the rows of each ID before its rate is computed."""
+"""Smoothing of label rates by ID: this many rows with the overall rate are added to the rows of each ID."""
 MAX_FREQUENT_IDS = 50
-"""Number of the most frequent IDs that have a bin of their own when drift is measured."""
+"""Number of IDs, the most frequent ones, that each get a bin for measuring drift."""
 PSI_BINS = 20
 
 
@@ -72,7 +72,7 @@ def measure_health(
     prepared.require_rows(*SPLITS)
     layout, manifest = prepared.layout, prepared.manifest
     for split in SPLITS:
-        EncodedDataset(prepared.split(split), layout)  # Its messages about wrong files are clearer than DuckDB's.
+        EncodedDataset(prepared.split(split), layout)  # Check the files, with clearer messages than DuckDB's.
     try:
         with open_database(scratch, memory_gib, workers) as database:
             for split in SPLITS:
@@ -104,11 +104,11 @@ def measure_health(
 
 
 def _create_view(database: Database, split: str, prepared: FeatureFolder) -> None:
-    """Create the view of a split.
+    """Create an SQL view of a split's rows, named like the split.
 
-    Its columns are w0 to w2 for `ID_COLUMNS`, t for the time, i0, i1, ... for the layout's IDs (or lists of IDs), and
-    d0, d1, ... for its numbers. The first task has its label in l0 (null where unobserved) and whether it is positive
-    in p0, the second task in l1 and p1, and so on.
+    Its columns are w0 to w2 for `ID_COLUMNS`, t for the time in microseconds, i0, i1, ... for the layout's IDs (or
+    lists of IDs), and d0, d1, ... for its numbers. The first task has its label in l0 (null where unobserved) and
+    whether it is positive in p0, the second task in l1 and p1, and so on.
     """
     layout, files = prepared.layout, sorted(prepared.split(split).glob("*.parquet"))
     sql = {name: f"c{index}" for index, name in enumerate(pq.read_schema(files[0]).names)}
@@ -176,7 +176,7 @@ def _overview(
         "rows_in_splits": sum(split["rows"] for split in splits.values()),
         "skipped": [{key: str(file[key]) for key in ("file", "reason")} for file in manifest.get("skipped", [])],
         "split_column": None if schema.split is None else schema.split.column,
-        # If times split the rows, sharing users is normal.
+        # If times split the rows, splits normally share users.
         "shared_user_fraction": shared_user_fraction if schema.split is not None and schema.columns.has_user else None,
         "splits": splits,
     }
@@ -208,7 +208,7 @@ def _best(pick: Callable[..., float], values: Iterable[float | None]) -> float |
 
 
 def find_dense_inputs(layout: Layout, feature: str) -> dict[int, int | None]:
-    """Return the dense inputs of a feature and the indicators of their missing values.
+    """Return which dense inputs a feature has, and which inputs indicate that their values are missing.
 
     Args:
         layout: Layout of the inputs.
@@ -223,21 +223,21 @@ def find_dense_inputs(layout: Layout, feature: str) -> dict[int, int | None]:
 
 
 class _InputCounter:
-    """Counts of a data set's inputs on about `MAX_SAMPLE_ROWS` rows of each split, as stored in `health.json`."""
+    """Measures coverage, drift and AUC of inputs on at most about `MAX_SAMPLE_ROWS` rows of each split."""
 
     def __init__(self, database: Database, prepared: FeatureFolder, splits: Mapping[str, Mapping[str, Any]]) -> None:
         self.prepared, self.layout, self._database = prepared, prepared.layout, database
         self._step = {split: -(-counts["rows"] // MAX_SAMPLE_ROWS) for split, counts in splits.items()}
 
     def _read(self, split: str, columns: Sequence[str]) -> tuple[pa.Table, np.ndarray]:
-        """Read columns of a split, with the (N, tasks) labels: 1 if positive, NaN where unobserved."""
+        """Read columns of N sampled rows of a split, and labels (N, tasks): 0, 1 (positive) or NaN (unobserved)."""
         labels = [f"p{index}::INT::DOUBLE AS p{index}" for index in range(len(self.layout.tasks))]
         rows = f"{split} WHERE hash(w0) % {self._step[split]} = 0"
         table = self._database.table(f"SELECT {', '.join([*columns, *labels])} FROM {rows}")
         return table, np.stack([table[f"p{index}"].to_numpy() for index in range(len(labels))], axis=1)
 
     def _read_ids(self, split: str, id_input: IdInput) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Read the lookups of an input: (M,) row indexes, (M,) IDs, and the (N, tasks) labels."""
+        """Read an input's M IDs in N rows. Returns each ID's row index (M,), the IDs (M,) and the labels (N, tasks)."""
         table, labels = self._read(split, [column := f"i{self.layout.ids.index(id_input)}"])
         values = one_array(table[column])
         if not id_input.is_list:
@@ -246,7 +246,7 @@ class _InputCounter:
         return row, values.flatten().to_numpy(), labels
 
     def count_ids(self, id_input: IdInput, semantics: InputSemantics) -> dict[str, Any]:
-        """Count the lookups of an input by table row. An empty list of IDs counts as missing, in row 0."""
+        """Measure coverage, unknown IDs, drift and AUC of an input. An empty list counts as a missing ID (row 0)."""
         rows = self.layout.table(id_input.table).rows
         row, ids, labels = self._read_ids("train", id_input)
         validation_row, validation_ids, validation_labels = self._read_ids("validation", id_input)
@@ -286,7 +286,7 @@ class _InputCounter:
         }
 
     def count_numbers(self, numbers: Mapping[int, int | None], zeros_missing: bool) -> list[dict[str, Any]]:
-        """Count the numbers of a feature (`find_dense_inputs`). With `zeros_missing`, vectors of zeros are missing."""
+        """Measure a feature's numbers (`find_dense_inputs`). With `zeros_missing`, rows with only zeros lack them."""
         if not numbers:
             return []
         columns = [f"d{index}" for index in {*numbers, *numbers.values()} - {None}]
@@ -309,13 +309,13 @@ class _InputCounter:
     ) -> dict[str, Any]:
         number, aucs = self.layout.dense[index], dict[str, float | None]()
         for task_index, task in enumerate(self.layout.tasks):
-            # Rank in ascending or descending order, and missing values first or last, whichever is best.
+            # Take the best AUC of four orders: ascending or descending, with missing values first or last.
             ranked = (np.nan_to_num(values["validation"], nan=end) for end in (-np.inf, np.inf))
             ends = [_auc(scores, labels[:, task_index]) for scores in ranked]
             aucs[task.name] = max((max(auc, 1 - auc) for auc in ends if auc is not None), default=None)
         names, counts = _count_bins(number.edges, values)
         coverage = dict[str, float | None]({s: 1 - float(np.isnan(values[s]).mean()) for s in COMPARED_SPLITS})
-        if not marks_missing:  # Every training row had a value, and missing values of test rows are invisible.
+        if not marks_missing:  # No training value was missing, and missing test values can't be recognized.
             coverage = {"train": 1.0, "test": None}
         bins = slice(None) if marks_missing else slice(-1)
         return {
@@ -330,9 +330,9 @@ class _InputCounter:
 
 
 def _count_bins(edges: Sequence[float], values: Mapping[str, np.ndarray]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Return the names of bins, and split -> rows of each bin, shape (bins,). The last bin is for missing values.
+    """Return the names of B bins, and split -> number of rows in each bin, (B,). The last bin is for missing values.
 
-    With fewer than two edges, the edges are quantiles of the training rows.
+    If `edges` has fewer than two edges, the bins are between quantiles of the training rows.
     """
     present = values["train"][~np.isnan(values["train"])]
     if len(edges) < 2 and len(present):

@@ -6,8 +6,8 @@ then warnings by their `cost`, a rough estimate of the fraction of test predicti
     cost = fraction of test rows affected x weight of the feature
 
 The weight of a feature is its predictive power: 2 AUC - 1 of the feature alone on validation rows, for the task that it
-ranks best. An unknown user or candidate has weight 1, because the model has no data about it. Other IDs have at least
-weight `MIN_ID_WEIGHT`, because unknown IDs lower the AUC of their feature.
+ranks best. Unknown users and candidates have weight 1, because the model has no data about them. Other unknown IDs have
+at least weight `MIN_ID_WEIGHT`, because they lower the AUC that their feature's weight is computed from.
 """
 
 from collections import Counter
@@ -26,7 +26,7 @@ MAX_UNKNOWN_FRACTION = 0.20
 DRIFT_PSI, STRONG_DRIFT_PSI = 0.10, 0.25
 MIN_COVERAGE = 0.05
 MAX_RATE_RATIO = 2.0
-# With fewer rows of a class, a high AUC may be chance.
+# With fewer positive (or negative) rows than this, a high AUC may be chance.
 _MIN_CLASS_ROWS = 10
 # Two rates differ significantly if they differ by this many standard errors.
 _STANDARD_ERRORS = 3.0
@@ -145,7 +145,7 @@ def _check_labels(splits: Health) -> Iterator[Finding]:
 
 
 def _rates_differ(first: Health, second: Health, kind: str) -> bool:
-    """Return whether two rates differ by more than `MAX_RATE_RATIO` and, for a binary task, more than by chance."""
+    """Return whether label rates of splits differ by a factor over `MAX_RATE_RATIO` and, if binary, beyond chance."""
     if not first["observed"] or not second["observed"]:
         return False
     (low, low_rows), (high, high_rows) = sorted((labels["rate"], labels["observed"]) for labels in (first, second))
@@ -206,13 +206,13 @@ def _check_drift(feature: Health) -> Iterator[Finding]:
         message = f"feature '{feature['name']}' drifts strongly, PSI {worst['psi']:.2f}: {describe_shift(worst)}"
         if feature["kind"] == "counter":
             message += ". A count over the whole past grows with the log; set `window_days` to limit it"
-        # Only values that are more than twice as frequent as in training count as moved.
+        # A bin counts as harmed by drift if it is more than twice as frequent in test as in training.
         moved = sum(bin_["test"] - bin_["train"] for bin_ in worst["bins"] if bin_["test"] > 2 * bin_["train"])
         yield Finding(Severity.WARNING, Check.DRIFT, feature["name"], message, moved * predictive_power(feature))
 
 
 def describe_shift(counts: Mapping[str, Any]) -> str:
-    """Describe the bin of an input whose fraction of rows changed most."""
+    """Describe the bin of an input whose fraction of rows changed most from training to test."""
     shift = max(counts["bins"], key=lambda bin_: abs(bin_["test"] - bin_["train"]))
     special = {"missing": "rows without a value", "unknown": "unknown IDs", "all others": "all less frequent IDs"}
     usual = f"ID '{shift['bin']}'" if counts["table"] else f"values {shift['bin']} (standardized)"

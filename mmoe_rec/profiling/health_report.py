@@ -98,7 +98,6 @@ def _describe_log(overview: Mapping[str, Any]) -> str:
 
 
 def _describe_time_issues(overview: Mapping[str, Any]) -> list[str]:
-    """Describe requests with several times, and labels that are not final yet."""
     conflicts = describe_conflicting_times(overview["requests"])
     return ([conflicts] if conflicts else []) + [
         f"{name}: {describe_pending_labels(task, number, split['labels_observed_until'])}"
@@ -151,7 +150,7 @@ def _draw_weeks(health: Mapping[str, Any]) -> Iterator[Figure]:
 
 
 def draw_label_rates(weeks: list[dict[str, Any]], task: str) -> str:
-    """Draw the rate of a task's label by week, above its observed rows, with a color for each split.
+    """Draw the rate of a task's label by week, above bars of its observed rows, with a color for each split.
 
     Args:
         weeks: Labels by week, as in `health.json`.
@@ -188,7 +187,7 @@ def draw_label_rates(weeks: list[dict[str, Any]], task: str) -> str:
 
 
 def _draw_drift(features: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
-    """Draw the worst input of each feature that drifts most."""
+    """Draw the features with the strongest drift, each by the bins of its input with the highest PSI."""
     worst = filter(None, map(worst_drift, features))
     for counts in sorted(worst, key=lambda counts: -float(counts["psi"]))[:_MAX_DRIFT_FIGURES]:
         figure, bars = new_figure(5.6, 2.6), range(len(counts["bins"]))

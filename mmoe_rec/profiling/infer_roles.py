@@ -1,4 +1,4 @@
-"""Infer the roles of columns that are neither keys nor tasks, and leave out those unavailable at the request."""
+"""Infer the roles of columns that are neither keys nor labels. Leave out columns unavailable at request time."""
 
 import math
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from mmoe_rec.settings.log_columns import Role
 LEAK_AUC, SUSPICIOUS_AUC = 0.93, 0.8
 """A column that alone predicts a task with a higher AUC is left out as a label leak, or marked as suspicious."""
 PLAIN_TABLE_LEAK_AUC = 0.985
-"""LEAK_AUC of a table without users and requests. It is higher, because no counters compete with the columns."""
+"""LEAK_AUC of a table without users and requests. Without counters, good columns may have a higher AUC."""
 _MAX_ERROR_RATE = 0.001
 """Highest change rate, within requests, of a column that is constant in a request."""
 _MANY_USERS, _MIN_KEYS = 50, 10
@@ -40,7 +40,7 @@ _IMPLIED_REASON = "it has an unusual value only where {} is 1, so it may be avai
 
 
 def infer_roles(schema: InferredSchema) -> None:
-    """Infer the role of each remaining column, or leave the column out."""
+    """Set the role of each column that is neither key, label, weight nor split, or leave it out of the inputs."""
     keys, profile = schema.keys, schema.profile
     schema.roles["placement"] += dict.fromkeys(schema.corrections.get("placement", ()))
     names = [column.name for column in schema.unassigned()]
@@ -58,7 +58,7 @@ def infer_roles(schema: InferredSchema) -> None:
         if why := _explain_later(schema, column) or _explain_growing(schema, column):
             schema.left_out[column.name] = why
             if column.may_be_time and not column.nulls:
-                schema.checks[column.name] = why  # It may be a request parameter, such as the day of a trip.
+                schema.checks[column.name] = why  # A request may contain a later time, such as the day of a trip.
         elif column.kind != "number" and profile.is_unique(column.name):
             schema.leave_out(column.name, "it differs in each row, so there is nothing to learn from it")
         elif schema.is_plain_table:
@@ -77,7 +77,10 @@ def infer_roles(schema: InferredSchema) -> None:
 def _find_role(
     schema: InferredSchema, column: Column, change_rates: tuple[float, float, float], leaks: "_LeakDetector"
 ) -> Role | None:
-    """Return the role of a column in a log with users or requests. Leaves the column out if it leaks a label."""
+    """Return the role of a column in a log with users or requests, None if the column leaks a label and is left out.
+
+    `change_rates` are `Profile.change_rates` of the column within requests, users and candidates, NaN if unknown.
+    """
     role = _role_in_log(schema, column, change_rates, leaks)
     if role is None:
         return _role_in_doubt(schema, column, change_rates, leaks)
@@ -111,7 +114,10 @@ def _role_in_table(schema: InferredSchema, column: Column, of_candidate: float, 
 def _role_in_log(  # noqa: PLR0911 - a return per role reads best
     schema: InferredSchema, column: Column, change_rates: tuple[float, float, float], leaks: "_LeakDetector"
 ) -> Role | None:
-    """Return the role of the key that determines a column, None if there is none or the column may be an outcome."""
+    """Return the role of a column that hardly changes within a key or whose name shows placement, None if in doubt.
+
+    `change_rates` are as in `_find_role`. A column whose name suggests an outcome is in doubt, too.
+    """
     of_request, of_user, of_candidate = change_rates
     if of_request <= _MAX_ERROR_RATE:
         if of_user <= 4 * MAX_CHANGE_RATE and not (
@@ -140,7 +146,7 @@ def _role_in_log(  # noqa: PLR0911 - a return per role reads best
 def _role_in_doubt(
     schema: InferredSchema, column: Column, change_rates: tuple[float, float, float], leaks: "_LeakDetector"
 ) -> Role | None:
-    """Return a role for a column that changes from row to row, or leave it out as an outcome."""
+    """Return a guessed role for a column that `_role_in_log` can't place, None if it is left out as an outcome."""
     best_auc, task = leaks.best_auc(column)
     if has_stem(column.name, OUTCOME_STEMS) and not has_word(column.name, PAST_WORDS):
         schema.leave_out(column.name, "its name suggests that it is available only after the request")
@@ -171,7 +177,7 @@ def _explain_later(schema: InferredSchema, column: Column) -> str | None:
 
 
 def _explain_growing(schema: InferredSchema, column: Column) -> str | None:
-    """Return why a column only tells the time of the row, None unless its values grow from request to request."""
+    """Return why to leave out a column whose values grow with the time, such as serial numbers, None for others."""
     ordered = column.kind in ("integer", "number", "text") and "time" in schema.keys
     if not ordered or column.nulls or column.distinct < 5 or column.is_binary:
         return None
@@ -184,7 +190,7 @@ def _explain_growing(schema: InferredSchema, column: Column) -> str | None:
 
 
 class _LeakDetector:
-    """Measures how well a single column predicts the labels. A number counts as 1 above its median, else as 0."""
+    """Measures how well a single column predicts the labels. Numeric labels count as 1 above their median."""
 
     def __init__(self, schema: InferredSchema) -> None:
         self._schema = schema
@@ -192,7 +198,7 @@ class _LeakDetector:
         self._codes = lru_cache(1)(lambda name: factorize_binned(self._sample[0].column(name)))
 
     def best_auc(self, column: Column) -> tuple[float, str]:
-        """Return the highest AUC of a column alone and its task, 0 and "" if there is none."""
+        """Return the highest AUC of a column alone, and the task with this AUC. Returns 0 and "" without tasks."""
         rows, tasks = self._sample
         codes, half = self._codes(column.name), rows.column(HALF_COLUMN).to_numpy().astype(bool)
         leaks = {name: target_encoding_auc(codes, labels, half)[0] for name, labels in tasks.items()}
@@ -200,7 +206,7 @@ class _LeakDetector:
         return float(np.nan_to_num(leaks.get(task, 0.0))), task
 
     def implied_task(self, column: Column) -> str | None:
-        """Return the task that is positive wherever a column has an unusual value, None if there is none."""
+        """Return a task that is positive wherever a column differs from its most frequent value, None if none is."""
         codes, (_, tasks) = self._codes(column.name), self._sample
         implied = (name for name, labels in tasks.items() if implies_positive(codes, labels, (labels == 1).mean()))
         return next(implied, None)
@@ -208,9 +214,9 @@ class _LeakDetector:
     def find_leak(self, column: Column, key_names: Sequence[KeyName]) -> str | None:
         """Return why a column that is constant within the given keys leaks a label, None if it doesn't.
 
-        Among single rows such a leak is weak: a request's order total is positive for all its candidates, although the
-        user ordered only one. So the rows of a key are merged. The column must predict their mean label, or whether any
-        label is positive. The more rows a key has, the likelier a positive label, so the column must beat their number.
+        A leak is weak in single rows: a request's order total is positive for all its candidates, although the user
+        ordered only one. So each key's rows are merged. The column leaks if it predicts a key's mean label, or whether
+        the key has a positive label. It must predict the latter clearly better than the key's number of rows does.
         """
         codes, (_, tasks) = self._codes(column.name), self._sample
         for key_name, (task, labels) in product(key_names, tasks.items()):
@@ -234,7 +240,7 @@ class _LeakDetector:
 
     @cached_property
     def _sample(self) -> tuple[pa.Table, dict[str, np.ndarray]]:
-        """Sampled rows, and task -> labels, shape (N,), 0 or 1, NaN where unobserved."""
+        """N sampled rows, and task -> labels of these rows, (N,), 0 or 1, NaN where unobserved."""
         schema = self._schema
         names = [column.name for column in schema.unassigned()] + [task.column for task in schema.tasks]
         rows = schema.profile.sample(schema.request_keys, list(dict.fromkeys([*names, *schema.keys.values()])))
@@ -252,9 +258,9 @@ class _LeakDetector:
 
     @cached_property
     def _keys(self) -> dict[KeyName, tuple[np.ndarray, np.ndarray]]:
-        """Key name -> number of each row's key, (N,) int64, and whether the key is in the first half, (N,) bool.
+        """Key name -> index of each row's key, (N,) int64, and whether the key is in the half to fit on, (N,) bool.
 
-        With many users, requests are halved by user, so that a column that names the user does not predict labels.
+        With many users, the halves of requests have different users, so a column that names users predicts no label.
         """
         schema, (rows, _) = self._schema, self._sample
         keys: dict[KeyName, np.ndarray] = {}
@@ -269,7 +275,7 @@ class _LeakDetector:
 
 
 def _merge_rows(keys: np.ndarray, half: np.ndarray, codes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Merge the labeled rows with the same key and code. Returns their code, half, number of rows and mean label."""
+    """Merge labeled rows with equal keys and column codes. Returns the code, half, row count and mean label of each."""
     observed = ~np.isnan(labels)
     keys, codes, half, labels = keys[observed], codes[observed], half[observed], labels[observed]
     pairs = keys * (codes.max(initial=0) + 1) + codes

@@ -33,9 +33,9 @@ from mmoe_rec.settings.log_columns import SPLITS
 
 _MIN_USERS = 10
 _MIN_CANDIDATES = 20
-"""Fewest candidates in a table without users and requests."""
+"""In a table without users and requests, a column with fewer values is not taken for the candidate."""
 _ERROR_RATE = 0.01
-"""Highest change rate of a constant column. Few changes can be errors in the data."""
+"""Highest change rate of a column that counts as constant, because a few changes can be errors in the data."""
 _TIME_ADVICE = "write them as timestamps, for example with pandas.to_datetime, or as whole s, ms, us or ns since 1970"
 _AMOUNT_WORDS = PAST_WORDS | {"price", "age", "length", "size", "year"}
 _MAX_REQUEST_SECONDS = 1800
@@ -43,7 +43,7 @@ _MAX_REQUEST_SECONDS = 1800
 _SPLITS = {"train": "train", "training": "train", "test": "test", "eval": "test", "holdout": "test"}
 _SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
 _MAX_NAME_LENGTH = 40
-"""Longer text, on average, is free text rather than a name."""
+"""Columns with longer text on average (in characters) hold free text rather than names."""
 
 
 def infer_schema(profile: Profile, corrections: Corrections) -> InferredSchema:
@@ -80,7 +80,6 @@ def _check_corrections(schema: InferredSchema) -> None:
 
 
 def _leave_out_unusable(schema: InferredSchema) -> None:
-    """Leave out columns that can't be inputs."""
     excluded = schema.corrections.get("leave-out", ())
     for column in schema.columns.values():
         why = "named in --leave-out" if column.name in excluded else _explain_unusable(column)
@@ -120,7 +119,7 @@ def _find_weights(schema: InferredSchema) -> None:
         if not is_number or column.low <= 0 or column.distinct < 2:
             continue
         is_weight = has_word(name, WEIGHT_WORDS) and set(split_words(name)) <= WEIGHT_WORDS | WEIGHT_QUALIFIERS
-        if is_weight and "candidate" in schema.keys:  # A weight that is constant for a candidate is physical.
+        if is_weight and "candidate" in schema.keys:  # A candidate's constant weight is physical.
             is_weight = not schema.profile.change_rates([schema.keys["candidate"]], [name])[name] <= MAX_CHANGE_RATE
         if has_word(name, SAMPLING_WORDS) and column.high <= 1 and schema.sampling_rate is None:
             schema.sampling_rate = name
@@ -175,10 +174,10 @@ def _find_keys(schema: InferredSchema) -> None:
     _find_by_structure(schema)
     candidates = schema.count_distinct("candidate")
     if schema.is_plain_table and "candidate" not in corrections and 0 < candidates < _MIN_CANDIDATES:
-        del keys["candidate"]  # So few values are an attribute, such as a person's job.
+        del keys["candidate"]  # With so few values, it is an attribute, such as a job.
     for key_name in ("user", "candidate"):
         is_guess = key_name in keys and key_name not in corrections and "request" not in keys
-        if is_guess and schema.profile.is_unique(keys[key_name]):  # A unique key carries no information.
+        if is_guess and schema.profile.is_unique(keys[key_name]):  # Nothing can be counted by a unique ID.
             schema.key_checks.pop(key_name, None)
             schema.left_out[keys.pop(key_name)] = "it differs in each row"
     _check_repeats(schema)
@@ -318,9 +317,10 @@ def _find_request(schema: InferredSchema) -> None:
 
 
 def _find_scope(schema: InferredSchema, name: str, named_by_user: bool) -> bool:
-    """Return whether a column identifies requests, and set whether its IDs are unique in the log or for each user.
+    """Return whether a column identifies requests, and set `request_scope` if its IDs are unique only for each user.
 
-    All rows with the same ID (or with the same ID and user) must have one user and almost always one time.
+    Rows with equal ID (or equal ID and user) must have one user and one time, with few exceptions. With `named_by_user`
+    (the person who runs `init`), the column always counts.
     """
     keys = schema.keys
     fixed = [keys[key_name] for key_name in ("user", "time") if key_name in keys and keys[key_name] != name]
@@ -343,7 +343,7 @@ def _find_scope(schema: InferredSchema, name: str, named_by_user: bool) -> bool:
 
 
 def _spans_minutes(schema: InferredSchema, name: str) -> bool:
-    """Return whether the rows of almost every value have one user and times within half an hour."""
+    """Return whether almost every value of a column has one user, and times within half an hour, in all its rows."""
     keys, profile = schema.keys, schema.profile
     if "time" not in keys or profile.rows_per_key([name]) < 1.2:
         return False
@@ -355,7 +355,7 @@ def _spans_minutes(schema: InferredSchema, name: str) -> bool:
 
 
 def _find_by_structure(schema: InferredSchema) -> None:
-    """Find a user and a candidate by dependencies: a request determines its user but not its candidates."""
+    """Find missing user and candidate keys by dependencies: a request determines its user but not its candidates."""
     keys, pool = schema.keys, _shared_ids(schema)[:12]
     group = [keys["request"]] if "request" in keys else [keys[name] for name in ("user", "time") if name in keys]
     within = schema.profile.change_rates(group, [column.name for column in pool])
@@ -371,7 +371,7 @@ def _find_by_structure(schema: InferredSchema) -> None:
 
 
 def _shared_ids(schema: InferredSchema) -> list[Column]:
-    """Return columns that may hold IDs shared by several rows, most values first. Empty if the log has no times."""
+    """Return columns that may hold IDs with several rows each, most values first. Empty if the log has no times."""
     pool = [column for column in schema.unassigned() if column.may_be_id and not column.is_binary]
     pool = [column for column in pool if 30 <= column.distinct <= 0.5 * column.rows]
     pool = [column for column in pool if column.kind != "integer" or not has_word(column.name, _AMOUNT_WORDS)]

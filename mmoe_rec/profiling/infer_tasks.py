@@ -20,7 +20,7 @@ from mmoe_rec.profiling.profile import Column, to_days
 
 _MAX_TASKS = 5
 _MAX_EVENT_TYPES = 20
-"""Most distinct values of a column of event types."""
+"""Maximum number of distinct values in a column of event types."""
 _YES_NO = {"0", "1", "f", "false", "ja", "n", "nein", "no", "non", "oui", "si", "sí", "t", "true", "y", "yes"}
 
 
@@ -71,7 +71,7 @@ def infer_tasks(schema: InferredSchema) -> None:
 
 
 def _explain_near_labels(schema: InferredSchema) -> dict[str, str]:
-    """Leave out columns that have a label's name but aren't labels, and return the reason for each.
+    """Return column -> why it isn't a label, for columns with a label's name. Some are left out of the inputs.
 
     If no guessed task has a label's name, such a column is probably the real label, so the guesses are dropped.
     """
@@ -173,13 +173,13 @@ def _keep_most_frequent(schema: InferredSchema, tasks: list[InferredTask]) -> li
 
 
 def _keep_varying(schema: InferredSchema, columns: Sequence[Column]) -> list[Column]:
-    """Drop the columns that a user, a candidate or a request determines."""
+    """Return the columns except those that a user, a candidate or a request determines."""
     constant = _find_constant(schema, columns)
     return [column for column in columns if column.name not in constant]
 
 
 def _find_constant(schema: InferredSchema, columns: Sequence[Column]) -> dict[str, str]:
-    """Return the columns that a user, a candidate or a request determines, with the name of this key.
+    """Return column -> the key (`user`, `candidate` or `request`) that determines it, for columns with such a key.
 
     A rare label is not constant. It changes seldom, but as often within a user as anywhere, so its change rate is high.
     """
@@ -205,7 +205,7 @@ def _implies(schema: InferredSchema, rarer: Column, wider: Column) -> bool:
 
 
 def _find_condition(schema: InferredSchema, task: InferredTask, earlier: Sequence[InferredTask]) -> None:
-    """Find the more frequent task whose positive rows are the only rows in which the label is observed."""
+    """Set a task's score weight, and `observed_when` if its label is 1 only where an `earlier` task is positive."""
     column = schema.columns[task.column]
     task.score_weight = 0.0 if is_negative_label(task.column) else 1.0
     positives = {wider.column: schema.columns[wider.column].positive_sql for wider in earlier}
@@ -239,7 +239,7 @@ def infer_label_delays(schema: InferredSchema) -> None:
                 if delay is not None and delay > 0:
                     task.label_delay_days = _round_up(to_days(delay))
                     task.notes.append(f"{outcome.name} is at most this much later than the request")
-        # Nulls in rows without an observed label don't show a delay.
+        # Nulls show a delay only in rows in which the label can be observed, such as clicked rows.
         condition = "true" if task.observed_when is None else schema.columns[task.observed_when[0]].positive_sql
         if not task.label_delay_days and (days := _null_at_end(schema, label, condition)) is not None:
             task.label_delay_days = days
@@ -250,7 +250,7 @@ def infer_label_delays(schema: InferredSchema) -> None:
 
 
 def _null_at_end(schema: InferredSchema, label: Column, condition: str) -> float | None:
-    """Return for how many days at the log's end a label is null in all rows of a condition, None if it is not."""
+    """Return for how many days at the log's end a label is null wherever an SQL condition holds, None if it isn't."""
     profile, t = schema.profile, schema.time_sql
     if "time" not in schema.keys or not label.nulls:
         return None

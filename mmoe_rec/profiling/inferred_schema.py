@@ -43,13 +43,13 @@ class InferredSchema:
 
     Attributes:
         profile: Statistics of the log.
-        corrections: Columns that the user named.
+        corrections: Columns that the user named, by option.
         keys: Key name -> column.
         request_scope: Whether request IDs are unique in the whole log or only for each user.
-        time_unit: Unit of integer times.
-        sampling_rate: Column with the fraction of similar rows that the log kept.
-        weight: Column with the weight of the row.
-        split: Column that assigns rows to splits, and split -> values of the column.
+        time_unit: Unit of integer times, None for other times.
+        sampling_rate: Column with the rate at which rows were sampled for the log, None if there is none.
+        weight: Column with the weight of the row, None if there is none.
+        split: Column that assigns rows to splits, and split -> values of the column. None if times split the rows.
         roles: Role -> columns.
         tasks: Guessed tasks.
         left_out: Column -> why it is not an input.
@@ -100,7 +100,7 @@ class InferredSchema:
 
     @property
     def time_sql(self) -> str:
-        """SQL for the time of the request, a constant if the log has no times."""
+        """SQL for the time of the request in microseconds since 1970, 0 if the log has no times."""
         time = self.keys.get("time")
         return self.columns[time].time_sql if time else "0"
 
@@ -110,7 +110,7 @@ class InferredSchema:
         return self.columns[name].distinct if name else 0
 
     def unassigned(self) -> list[Column]:
-        """Return the columns that are not yet a key, an input, a task, a weight or left out."""
+        """Return the columns that aren't a key, label, weight, sampling rate, split or input, and aren't left out."""
         taken = {*self.keys.values(), *self.left_out, self.sampling_rate, self.weight}
         taken |= {task.column for task in self.tasks} | {name for names in self.roles.values() for name in names}
         taken |= {self.split[0]} if self.split else set()

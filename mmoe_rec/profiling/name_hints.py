@@ -40,7 +40,7 @@ FALLBACK_KEY_WORDS = {
     "candidate": frozenset[str](),
     "request": _words("besuch sesion session sitzung visit visita"),
 }
-"""Names of columns that can serve as the key if no column has a better name."""
+"""Words for columns that can serve as the key if no column has a better name."""
 TIME_WORDS = _words(
     "anzeige at created date datetime datum day dt epoch event exposure fecha gezeigt heure hora impression log "
     "logged micros momento ms request s served shown since tag time timestamp ts unix utc view viewed visit when "
@@ -105,7 +105,7 @@ def split_words(name: str) -> list[str]:
 
 
 def _has_only(name: str, hints: Collection[str]) -> bool:
-    """Return whether all words of a name are hints, ID words or qualifiers, and at least one is a hint."""
+    """Return whether a name consists of at least one hint and, besides, only hints, `ID_WORDS` and `_QUALIFIERS`."""
     words = split_words(name)
     if len(words) == 1:  # A hint and an ID word can be joined, as in kundennr.
         return any(
@@ -117,11 +117,11 @@ def _has_only(name: str, hints: Collection[str]) -> bool:
 
 
 def match_key_name(name: str, key_name: str) -> int:
-    """Return 2 if a name denotes a key, 1 if the column can serve as the key, else 0.
+    """Return 2 if a column has a name for a key (`KEY_WORDS`), 1 if it needs `FALLBACK_KEY_WORDS`, else 0.
 
     Args:
         name: Name of a column.
-        key_name: Key, such as `user`.
+        key_name: `user`, `candidate` or `request`.
     """
     strong = KEY_WORDS[key_name]
     return 2 if _has_only(name, strong) else int(_has_only(name, strong | FALLBACK_KEY_WORDS[key_name]))

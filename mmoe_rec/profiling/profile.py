@@ -29,20 +29,20 @@ from mmoe_rec.settings.log_columns import ColumnUse
 
 ColumnKind = Literal["integer", "number", "text", "boolean", "time", "keys", "vector", "empty", "other"]
 SAMPLE_ROWS = 300_000
-"""Approximate rows of the sample that measures dependencies."""
+"""Approximate number of rows in a sample for measuring dependencies."""
 MAX_ROWS_IN_MEMORY = 4_000_000
-"""Rows of the largest log that is kept in memory. The files of a larger log are read again for each sample."""
+"""Maximum number of rows of a log that is kept in memory. The files of a larger log are read for each query."""
 HALF_COLUMN = "\0half"
-"""Column of a sample: whether the key of the row is in the first half of the keys."""
+"""Bool column that `Profile.sample` adds: whether the row's key is in one of two random halves of the keys."""
 _COLUMNS_PER_QUERY = 64
-"""Columns that one query sorts."""
+"""Maximum number of columns that one query sorts."""
 _BINS, _PRIOR_ROWS = 64, 20.0
 _MIN_ROWS = 20
-"""With fewer rows, a column may rank a label well by chance."""
+"""On fewer rows than this, a column may rank a label well by chance."""
 # Factors to convert times to microseconds. 0 stands for nanoseconds, which are divided by 1,000.
 _MICROSECONDS_PER_UNIT = {"s": 1_000_000, "ms": 1000, "us": 1, "ns": 0}
 _EARLIEST, _LATEST = (datetime(year, 1, 1, tzinfo=UTC).timestamp() for year in (1990, 2033))
-"""Range of integers that may be times. Dates written as integers, such as 2014102100, are later as seconds."""
+"""Seconds since 1970 between which integers may be times. Integer dates such as 2014102100 would be later seconds."""
 _INTEGER = re.compile(r"U?(TINY|SMALL|BIG|HUGE)?INT(EGER)?$")
 
 
@@ -56,11 +56,11 @@ class Column:
         type: Type in DuckDB.
         kind: Kind of its values.
         rows: Number of rows of the log.
-        nulls: Number of rows that are null or NaN.
+        nulls: Number of rows that are null, NaN or infinite.
         distinct: Approximate number of distinct values.
-        low: Least value of numbers, text and times.
-        high: Greatest value of numbers, text and times.
-        is_binary: Whether all values are 0 or 1.
+        low: Least value of numbers, text and times, None for other kinds.
+        high: Greatest value of numbers, text and times, None for other kinds.
+        is_binary: Whether the column is boolean, or a number that is 0 or 1.
         length_range: Lengths of the shortest and the longest list or text.
         mean_length: Mean length of lists or text.
         unit: Time unit of integers that may be times, None for all other columns.
@@ -87,7 +87,7 @@ class Column:
 
     @property
     def may_be_id(self) -> bool:
-        """Whether the column can be a key and its integers are no times."""
+        """Whether the column can be a key, and doesn't hold integers that may be times."""
         return self.can_be_key and self.unit is None
 
     @property
@@ -154,12 +154,12 @@ class Profile:
         name: Path or URI of the log.
         rows: Number of rows.
         columns: Column name -> statistics.
-        unreadable: Column -> why it can't be read from all files.
+        unreadable: Column -> why it can't be read, for example because a file lacks it.
         path_columns: Columns that come from the paths of files.
     """
 
     def __init__(self, database: Database, files: Sequence[str], name: str) -> None:
-        """Count the columns of a log.
+        """Open a log and compute the statistics of its columns.
 
         Args:
             database: Database for the queries.
@@ -176,7 +176,7 @@ class Profile:
         options = "hive_partitioning = true, hive_types_autocast = false, union_by_name = true"
         scan = f"read_parquet([{listed}], {options})"
         with open_parquet(files[0]) as parquet:
-            # The columns of this file come first. DuckDB renames columns whose names differ only in case.
+            # DuckDB lists the columns of this file first, but renames columns whose names differ only in case.
             schema = parquet.schema_arrow
         described = database.rows(f"DESCRIBE SELECT * FROM {scan}")
         names = [*schema.names, *(str(row[0]) for row in described[len(schema) :])]
@@ -236,7 +236,7 @@ class Profile:
         return columns
 
     def time_range(self, time: str) -> tuple[int, int]:
-        """Return the first and the last value of a time expression, in microseconds."""
+        """Return the least and the greatest value of an SQL expression for times in microseconds."""
         first, last = self._database.row(f"SELECT min({time}), max({time}) FROM log")
         return int(first), int(last)
 
@@ -249,7 +249,7 @@ class Profile:
         return self.row(query)[0]
 
     def _sample(self, keys: Sequence[str], limit: int = SAMPLE_ROWS) -> str:
-        """Return SQL for all rows of some key values, about `limit` rows in all."""
+        """Return SQL for a sample of about `limit` rows, which has all rows of each sampled key."""
         step = -(-self.rows // limit)
         return "log" if step <= 1 else f"(FROM log WHERE hash({', '.join(keys)}) % {step} = 0)"
 
@@ -264,7 +264,7 @@ class Profile:
         Args:
             keys: Names of the key columns.
             columns: Names of the columns to measure.
-            order: SQL that orders the rows of a key.
+            order: SQL expression to order the rows of a key by.
             merge_ties: Whether rows with the same keys and order count as one.
 
         Returns:
@@ -290,9 +290,9 @@ class Profile:
         return change_rates
 
     def _count_changes(self, rows: str, number: int) -> np.ndarray:
-        """Return how often each column changes between rows of a key, shape (number,), NaN if no key has two rows.
+        """Return the fraction of consecutive rows of a key that change each column, (number,), NaN without such rows.
 
-        The first column of `rows` is the key, the next two order the rows of a key, and the rest are counted.
+        The first column of the query `rows` is the key, the next two order a key's rows, and `number` columns follow.
         """
         table = self._database.table(f"FROM ({rows}) ORDER BY ALL")
         keys, *columns = (table.column(index).to_numpy() for index in (0, *range(3, 3 + number)))
@@ -328,7 +328,7 @@ class Profile:
         return int(self.scalar(f"SELECT count(*) FILTER ({condition}) FROM log"))
 
     def quantile(self, expression: str, fraction: float, where: str = "true") -> Any:
-        """Return an exact quantile of an SQL expression, None if there are no rows.
+        """Return an exact quantile of an SQL expression without nulls, None if there are no rows.
 
         Args:
             expression: SQL expression.
@@ -339,7 +339,7 @@ class Profile:
         return self.scalar(f"SELECT quantile_disc({expression}, {fraction}) FROM log WHERE {where}")
 
     def sample(self, keys: Sequence[str], columns: Sequence[str]) -> pa.Table:
-        """Read columns of all rows of some key values, with list columns as lengths.
+        """Read about `SAMPLE_ROWS` rows: all rows of each sampled key. Lists are replaced by their lengths.
 
         Args:
             keys: Names of the key columns, none to sample single rows.
@@ -363,7 +363,7 @@ class Profile:
         return likely and self.scalar(f"SELECT count(DISTINCT {counts.sql}) FROM log") == counts.rows
 
     def top_values(self, column: str, limit: int) -> list[Any]:
-        """Return the most frequent values of a column, the most frequent first.
+        """Return the most frequent values of a column except null, the most frequent first.
 
         Args:
             column: Name of the column.
@@ -378,7 +378,7 @@ _COLUMN_USES: dict[ColumnKind, ColumnUse] = {"number": "number", "time": "time",
 
 
 def _is_readable(field: pa.Field, kind: str) -> bool:
-    """Return whether features can read a column of this Arrow type as values of this type in DuckDB."""
+    """Return whether features can read a column's Arrow type in the way that its DuckDB type `kind` suggests."""
     if _kind_of(kind) in ("empty", "other"):
         return True
     try:
@@ -389,7 +389,7 @@ def _is_readable(field: pa.Field, kind: str) -> bool:
 
 
 def _find_lacking(database: Database, files: str) -> dict[str, str]:
-    """Return the columns that some files lack, each with a sentence that names the first such file."""
+    """Return column -> clause that names the first file without it, for the columns that some files lack."""
     database.run(f"CREATE TABLE parts AS SELECT DISTINCT file_name, name FROM parquet_schema({files})")
     pairs = "FROM (SELECT DISTINCT file_name FROM parts), (SELECT DISTINCT name FROM parts) EXCEPT FROM parts"
     lacking = database.rows(f"SELECT name, min(file_name) FROM ({pairs}) GROUP BY name")
@@ -397,7 +397,7 @@ def _find_lacking(database: Database, files: str) -> dict[str, str]:
 
 
 def _clean_sql(name: str, kind: str) -> str:
-    """Return SQL for a column with NaN as null."""
+    """Return SQL for a column in a type that queries support, with NaN and infinity as null."""
     quoted = '"' + name.replace('"', '""') + '"'
     if kind in ("DOUBLE", "FLOAT"):
         return f"CASE WHEN isfinite({quoted}) THEN {quoted} END"
@@ -407,7 +407,7 @@ def _clean_sql(name: str, kind: str) -> str:
 
 
 def _unit_of(low: int, high: int) -> str | None:
-    """Return the unit in which integers are times between 1990 and 2033, None if there is none."""
+    """Return the unit in which integers from `low` to `high` are times between 1990 and 2033, None if none is."""
     for unit, per_second in (("s", 1), ("ms", 1000), ("us", 10**6), ("ns", 10**9)):
         if _EARLIEST * per_second <= low and high <= _LATEST * per_second:
             return unit
@@ -423,12 +423,12 @@ def target_encoding_auc(
         codes: Value of each row from `factorize_binned`, shape (N,), int64 from 0.
         labels: Labels between 0 and 1, shape (N,), NaN where not observed.
         fit_mask: Rows to compute mean labels from, shape (N,), bool. The rest are ranked.
-        min_class_rows: Number of rows that each half needs above label 0, and below label 1.
+        min_class_rows: Number of labels above 0, and of labels below 1, that fitted and ranked rows each need.
 
     Returns:
-        The AUC, and the precision: of the K best rows, the fraction with the rarer label, where K is the number of rows
-        with this label. A mere condition of a rare label, such as the page with the button, has a high AUC and a low
-        precision. Both are NaN if there are too few rows.
+        The AUC, and the precision: the fraction of the rarer label (0 or 1) among the K best rows, where K is the
+        number of rows with this label. A column that only enables a rare label, such as whether the page has a button
+        to click, has a high AUC but a low precision. Both are NaN if there are too few rows.
     """
     observed = ~np.isnan(labels)
     codes, labels, fit_mask = codes[observed], labels[observed], fit_mask[observed]
@@ -447,7 +447,7 @@ def target_encoding_auc(
 
 
 def implies_positive(codes: np.ndarray, labels: np.ndarray, chance: np.ndarray | float) -> bool:
-    """Return whether values other than the most frequent one occur only with label 1, beyond chance.
+    """Return whether almost all rows without the most frequent value have label 1, although this is unlikely by chance.
 
     Args:
         codes: Value of each row, shape (N,), int64 from 0.
@@ -461,7 +461,7 @@ def implies_positive(codes: np.ndarray, labels: np.ndarray, chance: np.ndarray |
 
 
 def factorize_binned(values: pa.ChunkedArray) -> np.ndarray:
-    """Encode texts, bins of numbers, and null as integers. Returns shape (N,), int64 from 0."""
+    """Encode the texts of a column, or the bins of its numbers, as integers from 0, also null. Returns (N,) int64."""
     kind = values.type
     if pa.types.is_temporal(kind):
         values = values.cast(pa.int64()) if not pa.types.is_date(kind) else values.cast(pa.int32()).cast(pa.int64())
@@ -470,8 +470,8 @@ def factorize_binned(values: pa.ChunkedArray) -> np.ndarray:
         finite = numbers[~np.isnan(numbers)]
         if not len(finite):
             return np.zeros(len(numbers), np.int64)
-        # Bins have equal numbers of rows, and of distinct values. The most frequent value, such as a sum of 0, has its
-        # own bin. Otherwise the few rows with other values would share a bin with it.
+        # Bins end at quantiles of the rows and at quantiles of the distinct values. The most frequent value, such as a
+        # sum of 0, has its own bin. Otherwise the few rows with other values would share a bin with it.
         distinct, rows = np.unique(finite, return_counts=True)
         usual, parts = distinct[rows.argmax()], np.linspace(0, 1, _BINS + 1)[1:-1]
         edges = [*np.quantile(finite, parts), *np.quantile(distinct, parts), usual, np.nextafter(usual, np.inf)]

@@ -1,7 +1,7 @@
 """Propose features, split, model and training for an inferred schema, as sections of a settings file with comments.
 
-Counters and histories contribute most. They are proposed for the user, the candidate, the pair, and their attributes,
-for each task and each event log. Their number is limited, so a log of 300 columns trains as well.
+Counters and histories improve predictions most. Counters are proposed for the user, the candidate, the pair and their
+attributes, for each task and each event log. Their number is limited, so a log of 300 columns can be trained on, too.
 """
 
 import re
@@ -19,9 +19,9 @@ from mmoe_rec.profiling.profile import Column, Profile, to_days
 _WINDOWS = (91, 28, 7, 1, 0.125)
 _MAX_ATTRIBUTES, _MAX_CONTEXTS, _MAX_GROUPS = 4, 3, 2
 _MAX_CONTEXT_VALUES = 5000
-"""Most values of a context column whose counters also count by candidate. Finer columns (a session) count by user."""
+"""A context column with more values than this (such as a session) gets counters by user but not by candidate."""
 _MAX_PAIRS, _ROWS_PER_PAIR = 4, 20
-"""Most pairs of a user and a candidate attribute that get a counter, and rows needed for each pair of values."""
+"""Maximum number of counters by a user and a candidate attribute, and log rows needed per pair of values."""
 _TEST_FRACTION, _VALIDATION_FRACTION = 0.2, 0.1
 
 
@@ -63,7 +63,7 @@ class ProposedSettings:
         self.columns, self.keys = schema.columns, schema.keys
         self.features, self.split, self.training, self.model = (dict[str, CommentedSetting]() for _ in range(4))
         self._has_requests = schema.rows_per_request > 1.05
-        self._train_days = 0.0  # From the first to the last training row.
+        self._train_days = 0.0  # Days from the first to the last training row.
         self._propose_split()
         self._propose_columns()
         if "time" in self.keys:
@@ -110,7 +110,7 @@ class ProposedSettings:
         self._train_days = to_days(ends[0] - first)
 
     def _cut(self, t: str, first: int, end: int) -> tuple[int, int]:
-        """Return the first times of validation and test rows: midnights (UTC) if the fractions fit, else row times."""
+        """Return when validation and test rows start, in microseconds: midnights (UTC) in long logs, else row times."""
         usable, goals = f"{t} < {end}", (1 - _TEST_FRACTION - _VALIDATION_FRACTION, 1 - _TEST_FRACTION)
         quantiles = [int(self.profile.quantile(t, goal, usable)) for goal in goals]
         midnights = [round(time / MICROSECONDS_PER_DAY) * MICROSECONDS_PER_DAY for time in quantiles]
@@ -118,7 +118,7 @@ class ProposedSettings:
             return midnights[0], midnights[1]
         groups = f"SELECT {t} AS t, count(*) AS n FROM log WHERE {usable} GROUP BY 1"
         times = f"SELECT t, sum(n) OVER w - n before, row_number() OVER w nth FROM ({groups}) WINDOW w AS (ORDER BY t)"
-        # The first cut is the start of the test rows, the second the start of the validation rows.
+        # The loop first cuts where the test rows start, then where the validation rows start.
         number, cuts = goals[1] * self.profile.count_rows(usable), [end]
         for min_nth, fraction in ((3, 1.0), (2, goals[0] / goals[1])):
             best = f"WHERE nth >= {min_nth} AND t < {cuts[0]} ORDER BY abs(before - {number * fraction}), t LIMIT 1"
@@ -132,7 +132,7 @@ class ProposedSettings:
         return cuts[0], cuts[1]
 
     def _find_unfair(self, t: str, cuts: Sequence[int], usable: str) -> str:
-        """Return the fractions of training, validation and test rows, "" if each is between half and twice its goal."""
+        """Return the fractions of rows in the splits as text, "" if each is half to twice the intended fraction."""
         train, both = (self.profile.fraction(f"{t} < {cut}", usable) for cut in cuts[:2])
         parts = (train, both - train, 1 - both)
         goals = (1 - _TEST_FRACTION - _VALIDATION_FRACTION, _VALIDATION_FRACTION, _TEST_FRACTION)
@@ -184,7 +184,7 @@ class ProposedSettings:
         if features is None:
             self.schema.left_out[column.name] = "it has too many, too rare values to learn from"
             return False
-        # In a plain table, columns don't belong to the candidate: a region is not the name of a job.
+        # In a plain table, all columns have the role candidate, so a region need not be the name of a job.
         may_be_name = key is not None and column.kind == "text" and not self.schema.is_plain_table
         if key is not None and may_be_name and column.distinct > max(50, 0.9 * key.distinct):
             self.schema.left_out[column.name] = f"it looks like the name of {key.name}, so it adds no information"
@@ -194,7 +194,7 @@ class ProposedSettings:
         return True
 
     def _features_of(self, column: Column) -> list[tuple[str, dict[str, Any], str]] | None:  # noqa: PLR0911 - one line a case reads best
-        """Return a column's features as name suffix, settings and comment, None if the column can't be a feature."""
+        """Return a column's features as (name suffix, settings, comment). None: unusable. []: only counters read it."""
         source, values = {"column": column.name}, column.rows - column.nulls
         if column.kind == "time" or (column.unit is not None and has_word(column.name, TIME_WORDS)):
             value, note = {"kind": "time", **source, "parts": ["age"]}, "days from it to the request"
@@ -213,10 +213,10 @@ class ProposedSettings:
         return [("", {"kind": "id", **source, **self._sizes(column)}, f"about {column.distinct:,} values")]
 
     def _is_code(self, column: Column) -> bool:
-        """Return whether integers are codes rather than amounts, by their name or as few values in a wide range."""
+        """Return whether integers are codes rather than amounts, by name or because few values have a wide range."""
         if has_word(column.name, CODE_WORDS):
             return True
-        if column.unit is not None:  # They are probably times.
+        if column.unit is not None:  # Such integers are probably times.
             return False
         return 20 <= column.distinct < 100_000 and column.high - column.low > 10_000 * column.distinct
 
@@ -228,7 +228,7 @@ class ProposedSettings:
         return {"dim": 8} if column.distinct <= 1000 else {}
 
     def _shape(self, column: Column) -> dict[str, Any]:
-        """Return the settings that transform a number."""
+        """Return the settings `transform` and `values` of a numeric feature, if they help with this column."""
         shape: dict[str, Any] = {}
         middle, high = (float(self.profile.quantile(f"{column.sql}::DOUBLE", fraction)) for fraction in (0.5, 0.99))
         if column.low >= 0 and not column.is_binary and high > 20 * max(middle, high / 1e6):
@@ -240,12 +240,12 @@ class ProposedSettings:
     # Counters and histories
 
     def _groups(self, role: str, limit: int, min_distinct: int, max_distinct: float) -> list[str]:
-        """Return columns of a role whose values many rows share, most values first."""
+        """Return up to `limit` columns of a role that counters can count by, the column with most values first."""
         fitting = []
         for name in self.schema.roles[role]:  # type: ignore[index]
             column = self.columns[name]
             usable = column.kind in ("text", "integer", "boolean") and column.unit is None
-            # If each row is a request, every context column has a check, and counters use it nevertheless.
+            # Skip columns with a check, except context columns if requests have one row, which then all have one.
             must_be_sure = role == "candidate" or (role == "context" and self._has_requests)
             usable &= not must_be_sure or name not in self.schema.checks
             if usable and column.kind == "integer" and not self._is_code(column) and column.distinct > 100:
@@ -255,14 +255,14 @@ class ProposedSettings:
         return [name for _, name in sorted(fitting)[:limit]]
 
     def _windows(self, many: bool, events: bool = False) -> list[float | None]:
-        """Return trailing windows in days that are at most half the training span. Only events get 91 days."""
+        """Return a counter's windows in days: None (the whole past), then windows of at most half the training span."""
         has_hours = self._has_hours(self.keys["time"])
         usable = [days for days in _WINDOWS if days <= self._train_days / 2 and (has_hours or days >= 1)]
         usable = usable if events else [days for days in usable if days <= 28]
         return [None, *(usable if many else usable[: 1 + events])]
 
     def _counter_keys(self, columns: Mapping[str, Any], has_few_labels: bool = False) -> list[tuple[list[str], bool]]:
-        """Return the keys of counters for a log with these columns, and whether each key is worth many windows."""
+        """Return the columns to count by of each counter on a log with `columns`, and whether it gets many windows."""
         user, candidate = self.keys.get("user"), self.keys.get("candidate")
         candidates = self.columns[candidate].distinct if candidate else 0
         of_candidate = self._groups("candidate", _MAX_ATTRIBUTES, 3, 0.5 * candidates)

@@ -65,7 +65,7 @@ def draft_settings(
         timezone: Time zone of the users, None if not given.
 
     Returns:
-        The text of the settings file, and the guesses.
+        The text of the settings file, and the inferred schema.
 
     Raises:
         UserError: The log or an event log can't be used, or a correction doesn't fit.
@@ -106,7 +106,7 @@ def describe_guesses(schema: InferredSchema) -> Iterator[Any]:
 
 
 def check_replaceable(path: Path, log: str) -> str:
-    """Return the command that wrote a settings file, "" if there is no file.
+    """Check that `init` may replace a settings file. Returns the command that wrote the file, "" if there is no file.
 
     Args:
         path: Path of the settings file.
@@ -153,7 +153,7 @@ def _settings_text(name: str, log: str, work: str, schema: InferredSchema, propo
 def _section_lines(
     name: str, log: str, work: str, schema: InferredSchema, proposal: ProposedSettings
 ) -> list[list[str]]:
-    """Return the lines of each section, none for an absent section."""
+    """Return a list of lines for each section, empty for an absent section."""
     checks, data = schema.checks, ["data:", f"  log: {_to_yaml(log)}"]
     data += ["  events:"] if proposal.events else []
     for events in proposal.events:
@@ -211,7 +211,7 @@ def _section(name: str, entries: Mapping[str, CommentedSetting]) -> list[str]:
 
 
 def _entry_lines(depth: int, key: str, entry: CommentedSetting) -> Iterable[str]:
-    """Yield the lines of a key, its value and its comment. The comment comes first if one line would be too long."""
+    """Yield one line with a key, its value and a comment, or the comment on its own line first if this is too long."""
     indent = "  " * depth
     comment = entry.note if not entry.check else f"check: {entry.check}" + (f"; {entry.note}" if entry.note else "")
     comment = _one_line(comment)
@@ -230,7 +230,6 @@ def _one_line(text: str) -> str:
 
 
 def _to_yaml(value: Any) -> str:
-    """Return a value as one line of YAML."""
     if isinstance(value, datetime):
         return value.strftime("%Y-%m-%dT%H:%M:%S.%fZ" if value.microsecond else "%Y-%m-%dT%H:%M:%SZ")
     return dump_inline_yaml(value)
