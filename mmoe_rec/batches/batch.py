@@ -121,10 +121,10 @@ class Batch(_Tensors):
         position: Position at which a reader continues after this batch, None outside training.
         weights: (B,) float64 weights of the rows in the loss, None if all rows count alike.
         row_numbers: (B,) int64 numbers of the rows in the files, for `seeded_draws`.
-        ragged_inputs: Names of the R inputs without exactly one id in every row. Inputs that attention pools don't
-            count.
-        pooling_weights: (R, B) float32, 1 / number of ids, or 0 without ids. None if R is 0.
-        events: Events of the histories that attention pools.
+        ragged_inputs: Names of the R inputs in which some rows don't have exactly one id, except for histories that
+            attention pools.
+        pooling_weights: (R, B) float32 factors from sums to means: 1 / number of ids, 0 without ids. None if R is 0.
+        events: Events of the histories that attention pools, None without such histories.
     """
 
     ids: Any
@@ -215,11 +215,11 @@ def make_batch(
 
 
 def split_by_position(ids: KeyedIds, lengths: Mapping[str, int]) -> KeyedIds:
-    """Split each input in `lengths` into one input per position of its lists.
+    """Split each input in `lengths` into inputs for single list positions, which have one id per row or none.
 
     Args:
         ids: Ids of all inputs.
-        lengths: Input name -> number of positions.
+        lengths: Name of an input to split -> number of positions. Other inputs stay as they are.
 
     Raises:
         ValueError: A list has more ids than positions.
@@ -282,7 +282,7 @@ def _float_tensor(
 
 
 def _key_major(columns: Sequence[np.ndarray | Ragged], rows: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Return (sum of lengths,) int64 values, (F * B,) int32 lengths, and the number of values of each input."""
+    """Return the ids of F `columns` as int64 values and (F * B,) int32 lengths, and each column's number of ids."""
     flat = [column.values if isinstance(column, Ragged) else column for column in columns]
     totals = [len(values) for values in flat]
     lengths = np.ones((len(columns), rows), np.int32)
@@ -294,7 +294,7 @@ def _key_major(columns: Sequence[np.ndarray | Ragged], rows: int) -> tuple[Tenso
     return torch.from_numpy(values), torch.from_numpy(lengths.ravel()), totals
 
 
-# Random numbers for rows and steps, which don't depend on how rows are split into batches and processes.
+# Random numbers for a row or a whole step, which don't depend on how rows are split among processes.
 
 _DRAWS: ContextVar[tuple[Batch, Iterator[int]] | None] = ContextVar("draws", default=None)
 
@@ -303,8 +303,8 @@ _DRAWS: ContextVar[tuple[Batch, Iterator[int]] | None] = ContextVar("draws", def
 def seeded_draws(batch: Batch) -> Iterator[None]:
     """Make `draw_uniform` and `draw_integer` reproducible for one step with a `batch`.
 
-    A draw depends on the seed and epoch of the batch's position, the numbers of its rows, and the number of earlier
-    draws. Outside this context, torch's own generator is used.
+    A draw depends on the seed and epoch of `batch.position`, the number of earlier draws in this context, and either
+    row numbers (`draw_uniform`) or the position's row (`draw_integer`).
     """
     token = _DRAWS.set((batch, itertools.count(1)))
     try:
@@ -335,11 +335,11 @@ def draw_uniform(shape: Sequence[int], device: torch.device) -> Tensor:
 
 
 def draw_integer(low: int, high: int) -> int:
-    """Draw an integer that is the same on all ranks.
+    """Draw an integer, which is the same on all ranks within `seeded_draws`, and otherwise from torch's generator.
 
     Args:
         low: Smallest result.
-        high: Largest result.
+        high: Largest result, inclusive.
     """
     if (draws := _DRAWS.get()) is None:
         return int(torch.randint(low, high + 1, ()))
@@ -348,7 +348,7 @@ def draw_integer(low: int, high: int) -> int:
 
 
 def _generator(batch: Batch, draw: int) -> np.random.Generator:
-    """Return the generator of all ranks for a draw of the step, or of the epoch for draw 0."""
+    """Return a generator, equal on all ranks, for draw number `draw` of a step. Draw 0 is for a whole epoch."""
     position = batch.position
     assert position is not None, "this batch has no position"
     return np.random.default_rng([position.seed, position.epoch, position.row if draw else 0, 1 + draw])

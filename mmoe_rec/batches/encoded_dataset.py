@@ -43,7 +43,7 @@ class LabeledRows:
         encoded: Inputs of the rows.
         labels: (N, T) float32, or float64 if a task is a regression. NaN is unobserved.
         weights: (N,) float64 weights (see `row_weights`), None if all rows weigh 1.
-        row_numbers: (N,) int64 positions of the rows among all rows of the files. Only `read_row_group` sets them.
+        row_numbers: (N,) int64 positions of the rows among all rows of the dataset. Only `read_row_group` sets them.
     """
 
     encoded: EncodedInputs
@@ -91,7 +91,7 @@ class EncodedDataset:
 
     Attributes:
         layout: Layout of the rows.
-        uses_part: Whether rows are restricted to a part of the users. If one of the two parts has no label, all rows
+        uses_part: Whether rows are restricted to a part of the users. If either part has no observed label, all rows
             are used.
         has_weights: Whether the log has a column of weights.
         rows: Number of rows.
@@ -108,14 +108,14 @@ class EncodedDataset:
         weighted: bool = False,
         part: ValidationPart | None = None,
     ) -> None:
-        """Open the files, and read only their footers (and the users if `part` is given).
+        """Open the files, and read only their footers (and users and labels if `part` is given).
 
         Args:
             folder: Folder of the files.
             layout: Layout of the rows.
             joint_labels: Whether tasks with `conditional_on` get the joint label (both labels are positive), which
                 their loss uses, instead of their own label.
-            weighted: Whether rows are weighted by 1 / sampling rate.
+            weighted: Whether to divide the rows' weights by their sampling rates.
             part: Part of the users to keep.
 
         Raises:
@@ -175,7 +175,7 @@ class EncodedDataset:
 
         Args:
             group: File index and row group index.
-            take: (n,) int64 indices of rows to return. None returns all rows in file order.
+            take: (n,) int64 indices of the group's rows to return. None returns all rows in file order.
 
         Raises:
             UserError: The file can't be read.
@@ -191,7 +191,7 @@ class EncodedDataset:
 
         Args:
             batch_size: Number of rows at a time. The last batch can have fewer rows.
-            columns: Additional columns to return as a table.
+            columns: Additional columns, which the table contains.
 
         Raises:
             UserError: A file can't be read or lacks a column.
@@ -230,7 +230,7 @@ class EncodedDataset:
 
 
 def row_weights(table: pa.Table) -> np.ndarray | None:
-    """Return weight / sampling_rate for each row of `table`, (N,). A missing column counts as 1, two give None."""
+    """Return weight / sampling_rate of N rows, (N,). A missing column counts as 1. None if both are missing."""
     weights = table.column("weight").to_numpy() if "weight" in table.column_names else None
     if "sampling_rate" in table.column_names:
         inverse_rate = 1 / table.column("sampling_rate").to_numpy()

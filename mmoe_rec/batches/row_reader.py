@@ -2,8 +2,8 @@
 
 The row groups of all files are permuted and cut into windows of about `shuffle_buffer_rows` rows. Rows are permuted
 within their row group. Then a window mixes its row groups in proportion to their sizes: row j of group g with n rows
-has the key (j + u_g) / n, and rows are sorted by key. The offsets u_g are fixed, so the order is known without reading
-any rows.
+has the key (j + u_g) / n, and rows are sorted by key. The offsets u_g follow from seed and epoch, so the order is known
+without reading any rows.
 
 A global batch has the next `batch_size` rows of the order. The number of ranks doesn't change it, so a run can resume
 from any position with another number of ranks. Within a batch, rows are sorted by row group, and each rank has the same
@@ -38,7 +38,7 @@ class ShuffleWindow:
         start: Position of the first row in the epoch's order.
         groups: (G,) int64 indices of the row groups.
         sizes: (G,) int64 numbers of rows.
-        shift: Random number in [0, 1) that shifts all offsets u_g (see the module).
+        shift: Random number in [0, 1), which is added to all offsets u_g (see the module).
     """
 
     start: int
@@ -71,7 +71,7 @@ class _WindowSlice:
     counts: np.ndarray
 
     def keys(self) -> np.ndarray:
-        """Return each row's position in the window if rows were sorted by group, as a fraction, ascending."""
+        """Return ascending sort keys, which spread the rows of each group evenly over the group's share of (0, 1)."""
         sizes, counts = self.window.sizes, self.counts
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         before = np.repeat(np.cumsum(sizes) - sizes, counts)
@@ -97,7 +97,7 @@ class EpochOrder:
     epoch: int
 
     def permutation(self, group: int) -> np.ndarray:
-        """Return the order of the rows of a row `group`, shape (rows of the group,), int64."""
+        """Return the order of the rows of row group number `group`, shape (rows of the group,), int64."""
         return self._generator(1 + group).permutation(int(self.row_group_sizes[group]))
 
     def batches(self, batch_size: int, position: int = 0) -> Iterator[list[_WindowSlice]]:
@@ -129,7 +129,7 @@ class EpochOrder:
 
     @cached_property
     def windows(self) -> list[ShuffleWindow]:
-        """Windows in order. They have all row groups in a random order."""
+        """Windows in the order in which they are read. Together, they have all row groups in a random order."""
         generator = self._generator(0)
         order = generator.permutation(len(self.row_group_sizes))
         ends = np.cumsum(self.row_group_sizes[order])
@@ -171,7 +171,7 @@ def _slice_for_rank(parts: list[_WindowSlice], rank: int, world_size: int, rows_
     size, all_slots = int(counts.sum()), rows_per_rank * world_size
     assert size <= all_slots
     slots = rank * rows_per_rank + np.arange(rows_per_rank)
-    # Index of the row in the batch for each slot, in ascending order.
+    # All ranks together have `all_slots` slots for rows. This is the index in the batch of each slot's row, ascending.
     within = slots * size // all_slots
     is_copy = within == (slots - 1) * size // all_slots
     first, stop = int(within[0]), int(within[-1]) + 1
@@ -280,7 +280,7 @@ class TrainingReader:
             pool.shutdown(cancel_futures=True)
 
     def _windows(self, start: Position, epochs: int) -> Iterator[list[tuple[EpochOrder, _RankSlice, Position]]]:
-        """Yield, for each window, this rank's rows of the batches that begin there, and the positions after them."""
+        """Yield, for each window, the batches that begin in it: order, this rank's rows, and the position after."""
         for epoch in range(start.epoch, epochs):
             order = self.order(epoch)
             row = start.row if epoch == start.epoch else 0
@@ -300,7 +300,7 @@ class TrainingReader:
 
 @dataclass
 class Prefetch(Generic[T]):
-    """A one-time iterator over a generator that computes items ahead in a background thread.
+    """An iterator over a generator, for one pass, that computes items ahead in a background thread.
 
     The thread starts with the first item. An exception of the source is raised in the consumer, after the items before
     it. If the consumer stops early, the thread ends after its current item, and the source is closed.

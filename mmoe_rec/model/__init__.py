@@ -1,5 +1,5 @@
-"""Network that turns batches into logits of each task.
+"""Network that computes the logits of all tasks for the rows of a batch.
 
-Read `mmoe` first, with embedding tables, experts, gates and towers. `model_layout` lists the inputs of the network, and
-`score` combines predictions into one score.
+Read `mmoe` first, which puts the network together. `model_layout` lists the network's inputs and outputs, and `score`
+combines the predictions of all tasks into one score.
 """

@@ -6,8 +6,8 @@ vector. Here, the hidden layers of all events are summed, and the sum is mapped 
 thus add a different vector for each candidate. The result is added to the mean of the events' vectors. Before training,
 the result is 0.
 
-Shapes: E events, N candidates, P pairs of event and candidate, W width of an event's inputs, C width of the inputs that
-candidates have too, U hidden units.
+Shapes: E events, N candidates, P pairs of event and candidate, W width of an event's embeddings, C width of the
+embeddings that candidates have too (such as the item's), U hidden units.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ from mmoe_rec.model.matmul import Linear
 from mmoe_rec.model.model_layout import ModelLayout
 
 HIDDEN_UNITS = 32
-_PAIRS = 65_536  # Pairs per step without gradients, to limit memory.
+_PAIRS = 65_536  # Number of pairs processed at a time without gradients, to limit memory.
 
 
 class _TargetAttention(nn.Module):
-    """Attention to the events of one history. Candidates have the `shared` inputs of events, but not the `own` ones."""
+    """Attention to one history. Embeddings have widths `shared` if candidates have the same input, otherwise `own`."""
 
     def __init__(self, shared: Sequence[int], own: Sequence[int], outputs: int, length: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class _TargetAttention(nn.Module):
     def forward(
         self, vectors: Tensor, later: Tensor, candidates: Tensor, rows: Tensor, same: Tensor, events: Tensor | None
     ) -> Tensor:
-        """Return the pooled events of `candidates` (N, C), (N, outputs). See `HistoryAttention.attend` for the rest."""
+        """Return the results (N, outputs) for `candidates` (N, C). See `HistoryAttention.attend` for the arguments."""
         encoded: Tensor = self.event(vectors)
         encoded = encoded + self.later.index_select(0, later).to(encoded.dtype)  # (E, U)
         queries = self.candidate(candidates)
@@ -59,7 +59,7 @@ class _TargetAttention(nn.Module):
 
 
 class HistoryAttention(nn.ModuleDict):
-    """Attention to each history by name. The result is added to the input columns that have the history's mean."""
+    """Attention to histories by name. Each result is added to the input columns that hold the history's mean."""
 
     def __init__(self, layout: ModelLayout) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class HistoryAttention(nn.ModuleDict):
             self._columns[history.history] = columns[history.history], [columns[name] for name in partners]
 
     def forward(self, inputs: Tensor, events: AttentionEvents, vectors: Sequence[Tensor]) -> Tensor:
-        """Add the attention to all histories to the inputs of N rows.
+        """Return the inputs of N rows after adding the attention to each history.
 
         Args:
             inputs: Inputs of the rows, as in `RankingModel.concat_inputs`.
@@ -99,7 +99,7 @@ class HistoryAttention(nn.ModuleDict):
         same: Tensor,
         events: Tensor | None = None,
     ) -> Tensor:
-        """Add the attention to one history to the inputs of N candidates.
+        """Return the inputs of N candidates after adding the attention to one history.
 
         Args:
             name: Name of the history.
@@ -107,7 +107,7 @@ class HistoryAttention(nn.ModuleDict):
             vectors: (E, W) float32 embeddings of the events.
             later: (E,) int64, the number of later events in the same history.
             rows: (P,) int64, the candidate of each pair.
-            same: (P, K) float32, see `AttentionEvents`.
+            same: (P, K) float32, which inputs of a pair are equal (see `AttentionEvents`).
             events: (P,) int64, the event of each pair. None if pair i has event i.
         """
         pool, (mean, partners) = self[name], self._columns[name]

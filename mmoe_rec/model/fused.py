@@ -26,9 +26,9 @@ _ROWS, _TOLERANCE = 16, 1e-4
 def build_fused_forward(mixture: Mixture, matmul_backend: MatmulBackend) -> Callable[[Tensor], Tensor] | None:
     """Return a function from inputs (B, W) to logits (B, T) float32, with the model's current weights.
 
-    The result is None for models that the function doesn't support: with several levels of experts, with gates that
-    choose experts, with a gate without experts in use, with experts that read raw inputs, or with an added expert that
-    isn't in full use yet (`Gates.ramp`).
+    The result is None for models that the function doesn't support: with several levels of experts, gates that choose
+    experts, a gate without experts in use, experts that read the bottom's inputs besides its output
+    (`Mixture.raw_inputs`), or an added expert that isn't in full use yet (`Gates.ramp`).
 
     Args:
         mixture: Dense part of a model.
@@ -47,7 +47,7 @@ def build_fused_forward(mixture: Mixture, matmul_backend: MatmulBackend) -> Call
     hidden_weights = [_weights(layer) for layer in bottom.layers if isinstance(layer, Linear)]
     first, *deeper = experts.layers
     expert_weights = [_concatenated(first), *map(_transposed, deeper)]  # One product for all experts.
-    # (G * E, H). Experts that a gate can't use get a bias of minus infinity.
+    # Weights (G * E, H). Experts that a gate can't use get a bias of minus infinity.
     gate_weight, gate_bias = _concatenated(gates.linear)
     assert gate_bias is not None
     gate_bias = gate_bias.masked_fill(~usable.flatten(), float("-inf"))
@@ -57,7 +57,7 @@ def build_fused_forward(mixture: Mixture, matmul_backend: MatmulBackend) -> Call
         return onednn_linear(x, weight.t(), bias) if matmul_backend == "onednn" else functional.linear(x, weight, bias)
 
     def logits(inputs: Tensor) -> Tensor:
-        """Return the logits (B, T) of inputs (B, W), equal to the logits of `Mixture`."""
+        """Return the logits (B, T) of inputs (B, W), as `Mixture` does, up to rounding."""
         crossed = inputs
         for (down, _), (up, bias) in cross_weights:
             crossed = torch.addcmul(crossed, inputs, linear(linear(crossed, down, None), up, bias))
@@ -92,7 +92,7 @@ def check_fused_forward(model: RankingModel) -> None:
     inputs = torch.randn(_ROWS, model.width, generator=torch.Generator().manual_seed(0))
     difference = _find_difference(model.mixture, inputs)
     if not difference <= _TOLERANCE:
-        with suppress(RuntimeError):  # An added part may support only float32.
+        with suppress(RuntimeError):  # A new expert type may support only float32.
             difference = _find_difference(deepcopy(model.mixture).double(), inputs.double())
     if not difference <= _TOLERANCE:
         raise UserError(
@@ -126,7 +126,7 @@ def _weights(layer: nn.Module) -> Weights:
 
 
 def _concatenated(layer: nn.Module) -> Weights:
-    """Return the weights of G layers that read the same input, as one layer."""
+    """Return the weights of one layer whose outputs are the outputs of G layers on the same input."""
     assert isinstance(layer, StackedLinear)
     return layer.weight.detach().flatten(0, 1), layer.bias.detach().flatten()
 

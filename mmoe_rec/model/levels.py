@@ -35,7 +35,7 @@ GROUPED_MIN_WEIGHTS = 100_000
 # On a GPU, each expert runs only on its own rows if a row uses at most this fraction of the experts. The value follows
 # from the number of operations and isn't measured, see tests/benchmarks/gpu.py.
 GROUPED_MAX_FRACTION_GPU = 0.5
-# The gate logits of an added expert start this far below their own value. During training, they rise to it (ramp).
+# Routers lower the logits of an added expert by this number times `Gates.ramp`, which falls to 0 in training.
 RAMP_LOGIT_OFFSET = 10.0
 
 ComputeMode = Literal["auto", "dense", "grouped"]
@@ -68,7 +68,7 @@ class Level(nn.Module):
         else:
             visible = torch.ones(1, shared, dtype=torch.bool)
         self.gates = Gates(inputs, visible, model.gates)
-        # Number of routers that may choose a group's experts. Only a task's gate and the shared gate see its experts.
+        # Number of routers that see a group of experts. A task's gate and the shared gate see the task's own experts.
         routers = len(visible) if self.gates.route is None else 1
         self.readers = [routers if self.first or task == tasks else 2 - last for task, size in groups if size]
 
@@ -82,13 +82,13 @@ class Level(nn.Module):
         """Mix the experts for each gate.
 
         Args:
-            gate_inputs: One (B, H) for all gates, or one for each task and then one for the shared gate.
+            gate_inputs: One tensor (B, H) for all gates, or one for each task and then one for the shared gate.
             expert_inputs: As `gate_inputs`, for the experts.
             top_k: As in `Gates.forward`.
             usable: As in `Gates.forward`.
 
         Returns:
-            Mixes (B, G, U) and their routing. With one gate for all tasks, each task gets the same mix.
+            Mixes (B, G, U) and their routing. One gate for all tasks gives the same mix to each task, (B, T, U).
         """
         # The last level has no shared gate, so the shared input is unused.
         inputs = gate_inputs[0] if self.first else gate_inputs[: len(self.gates.visible)]
@@ -112,7 +112,7 @@ class Level(nn.Module):
         return total, routing
 
     def expert_groups(self) -> "list[Experts]":
-        """Return the experts in groups that read the same input."""
+        """Return the groups of experts that read the same input, in the order of the experts."""
         return [module for module in self.experts if isinstance(module, Experts)]
 
 
@@ -168,10 +168,10 @@ class Gates(nn.Module):
         Args:
             inputs: One input (B, H) for all gates, or one for each gate.
             top_k: Experts per row and router outside training, None for the number in the settings.
-            usable: (E,) bool, the experts that may be used.
+            usable: (E,) bool, the experts that may be used, None for all.
 
         Raises:
-            ValueError: Outside training, the rule depends on the batch and no k is given.
+            ValueError: Outside training, a rule that depends on the batch gets no k from `top_k` or the settings.
         """
         allowed = self.visible & self.in_use if usable is None else self.visible & self.in_use & usable  # (G, E)
         device = self.visible.device
@@ -203,7 +203,7 @@ class Gates(nn.Module):
 
     @property
     def in_use(self) -> Tensor:
-        """Experts that are neither masked nor waiting for their ramp, (E,) bool."""
+        """Whether each expert is neither masked nor an added expert that isn't used yet (`ramp` is 1), (E,) bool."""
         return ~(self.masked | (self.ramp >= 1))
 
     def _probabilities(self, logits: Tensor, allowed: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ class Gates(nn.Module):
         return masked_softmax(logits, allowed)
 
     def _experts_per_row(self, requested: int | None) -> int | None:
-        """Return the number of experts per row and router, which is None if the rule takes no k."""
+        """Return the number of experts per row and router, or None if nothing sets a number."""
         if not self.training:
             k = self.settings.serving_top_k if requested is None else requested
             if k is not None:
@@ -241,8 +241,8 @@ class Gates(nn.Module):
         Masked and ramping experts keep their bias, because their load is low on purpose.
 
         Args:
-            loads: (E,) loads of a step, over all ranks.
-            rate: Change of a bias.
+            loads: (E,) result of `expert_loads` for a step, over all ranks.
+            rate: Amount by which a bias changes.
         """
         settled = ~self.masked & (self.ramp <= 0)
         mean = torch.where(settled, loads, 0).sum() / settled.sum()
@@ -256,7 +256,7 @@ class Gates(nn.Module):
 
 
 def restrict_unless_empty(keep: Tensor, allowed: Tensor) -> Tensor:
-    """Return the allowed experts to keep, or all allowed experts if none would remain.
+    """Return `keep & allowed`, or `allowed` where no expert of the last dimension would remain.
 
     Args:
         keep: (..., E) bool.
@@ -277,7 +277,7 @@ class Experts(nn.Module):
         normalize: Whether an expert's output for a row is scaled to mean 0 and variance 1, so that all experts have
             outputs of equal scale (HoME, Kuaishou, 2024).
         compute: `dense` runs all experts on all rows, in few large products. `grouped` runs each expert only on the
-            rows that use it. `auto` takes the mode that is faster for the fraction of experts in use.
+            rows that use it. `auto` takes the faster mode for the fraction of experts that a row uses.
         weights_per_expert: Number of weights of an expert, without biases.
     """
 
@@ -308,7 +308,7 @@ class Experts(nn.Module):
         return self._normalized(outputs)
 
     def run(self, hidden: Tensor, dispatch: Dispatch) -> Tensor:
-        """Run experts on the rows that `dispatch` assigns to them, and return the outputs of its slots, (S, U).
+        """Run experts on the rows that `dispatch` assigns to them, and return the outputs (S, U) of the slots.
 
         Args:
             hidden: (B, H).

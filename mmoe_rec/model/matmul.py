@@ -1,4 +1,4 @@
-"""Linear layers on the BLAS library or oneDNN, stacks of layers, and products of experts with their own rows only.
+"""Linear layers and their stacks on the BLAS library or oneDNN, and layers that run experts on their own rows only.
 
 On a CPU, torch uses its BLAS library for fp32 products, and oneDNN only for half precision. Torch's packages for x86
 contain Intel's MKL as BLAS library. MKL takes twice as long as oneDNN on some processors of other vendors. This module
@@ -29,8 +29,8 @@ class Linear(nn.Linear):
         """Return the outputs (B, outputs).
 
         Args:
-            input: (B, inputs).
-            data: (B, D), further inputs that get no gradient. They follow the columns of `input`.
+            input: (B, inputs), or (B, inputs - D) with `data`.
+            data: (B, D), the last D inputs of the layer, which get no gradient.
         """
         return _linear(input, self.weight, self.bias, self.matmul_backend, data)
 
@@ -49,7 +49,7 @@ def set_matmul_backend(model: nn.Module, matmul_backend: MatmulBackend) -> None:
 
 @lru_cache
 def has_onednn() -> bool:
-    """Return whether torch supports oneDNN in fp32 here. Some settings let oneDNN round to bf16 or TF32 instead."""
+    """Return whether torch can multiply in fp32 with oneDNN here. With some settings, oneDNN rounds to bf16 or TF32."""
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(64, 256, generator=generator), torch.randn(256, 64, generator=generator)
     try:
@@ -61,7 +61,7 @@ def has_onednn() -> bool:
 
 
 def choose_matmul_backend(choice: Literal["auto"] | MatmulBackend, device: str) -> MatmulBackend:
-    """Return the library for a setting. `auto` takes oneDNN on a CPU if torch has it, because it is never slower.
+    """Return the library for a setting. `auto` takes oneDNN on a CPU if torch has it, because oneDNN is never slower.
 
     Args:
         choice: Setting `training.matmul_backend`.
@@ -82,7 +82,7 @@ def choose_matmul_backend(choice: Literal["auto"] | MatmulBackend, device: str) 
 
 
 def choose_serving_backend(choice: str) -> MatmulBackend:
-    """Return the library for the setting `serving.matmul_backend`. Without oneDNN on this machine, it is `blas`."""
+    """Return oneDNN if this machine has it and `choice` (`serving.matmul_backend`) isn't `blas`, otherwise BLAS."""
     return "onednn" if choice != "blas" and has_onednn() else "blas"
 
 
@@ -108,7 +108,7 @@ def cast_for_matmul(tensor: Tensor) -> Tensor:
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, matmul_backend: MatmulBackend, data: Tensor | None = None
 ) -> Tensor:
-    """Apply a linear layer to the inputs `x`, followed by the inputs `data`, which get no gradient."""
+    """Apply a linear layer to the columns of `x` and then of `data`, which gets no gradient."""
     x, data = cast_for_matmul(x), None if data is None else cast_for_matmul(data)
     if data is None and (matmul_backend == "blas" or not _can_use_onednn(x)):
         return functional.linear(x, weight, bias)
@@ -120,7 +120,7 @@ def _can_use_onednn(x: Tensor) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """Linear layer of the inputs `x` and `data`, without a gradient for `data`. Weights are cast to the type of `x`."""
+    """Linear layer on the columns of `x`, then `data`, which gets no gradient. Weights are cast to the type of `x`."""
 
     @staticmethod
     def forward(
@@ -206,7 +206,7 @@ GROUPED_MM_ALIGNMENT = 8
 
 
 def supports_grouped_mm(x: Tensor) -> bool:
-    """Return whether a GPU multiplies rows by their experts' weights in one product, and the host need not wait.
+    """Return whether the GPU of `x` multiplies the rows of all experts in one product, without making the host wait.
 
     The product needs bf16 and Nvidia's compute capability 9 or 10. On other GPUs, torch loops over experts.
     """
@@ -224,10 +224,10 @@ class Dispatch:
 
     Attributes:
         sizes: (E,) int64, number of slots of each expert.
-        rows: (S,) int64, row of each slot.
+        rows: (S,) int64, the row of the batch in each slot.
         slots: (B, K) int64, for each row the slots with the results of its experts.
         experts: (B, K) int64, the experts that computed these results.
-        filled: (B, K) bool, whether there is a result. A row with fewer than K experts has fewer results.
+        filled: (B, K) bool, whether `slots` holds a result. A row with fewer than K experts has fewer results.
     """
 
     sizes: Tensor
@@ -242,8 +242,8 @@ class Dispatch:
 
         Args:
             used: (B, E) bool.
-            block: Number of slots that divides each expert's number of slots.
-            max_per_row: Maximum number of experts per row. If given, the host doesn't wait for the device.
+            block: Each expert's number of slots is rounded up to a multiple of this number.
+            max_per_row: Maximum number of experts per row. None counts them, for which the host waits for a GPU.
         """
         rows, count = used.shape
         if max_per_row is None:
@@ -258,7 +258,7 @@ class Dispatch:
             starts, total = sizes.cumsum(0) - sizes, (-(-rows * max_per_row // block) + count) * block
             sizes = torch.cat([sizes[:-1], total - starts[-1:]])
         expert_indices = torch.arange(count, device=used.device).expand(rows, -1)
-        columns = torch.where(used, used.cumsum(1) - 1, max_per_row)  # Column `max_per_row` collects unused experts.
+        columns = torch.where(used, used.cumsum(1) - 1, max_per_row)  # The last column is for unused experts.
         experts = columns.new_zeros(rows, max_per_row + 1).scatter_(1, columns, expert_indices)[:, :max_per_row]
         filled = torch.arange(max_per_row, device=used.device) < used.sum(1, keepdim=True)
         slots = torch.where(filled, (starts + used.cumsum(0) - 1).gather(1, experts), total)

@@ -92,7 +92,7 @@ class RankingModel(nn.Module):
 
     @property
     def experts_in_use(self) -> Tensor:
-        """Visible experts that may get a weight, (T, E) bool."""
+        """Experts of the last level that each task sees and that are in use (see `Gates.in_use`), (T, E) bool."""
         return self.visible_experts & self.mixture.gates[-1].in_use
 
     def forward(self, batch: Batch, top_k: int | None = None, usable: Tensor | None = None) -> Outputs:
@@ -109,8 +109,8 @@ class RankingModel(nn.Module):
     def concat_inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the inputs (B, W) float32 and the placement inputs (B, P) of a batch.
 
-        Embeddings come first, then dense inputs, in layout order. If the model has trees, the IDs that they read follow
-        as numbers.
+        Embeddings come first, then dense inputs, in layout order. If the model has trees, the IDs that trees may read
+        follow as numbers, which adds columns to W.
         """
         inputs, placement, events = self._look_up(batch)
         if events is not None:
@@ -150,7 +150,7 @@ class RankingModel(nn.Module):
             events: Events of the histories, None if attention has already been added to `inputs`.
         """
         network_inputs = inputs if self.trees is None else inputs[:, : self.width]
-        # Pass vectors as separate arguments, since training cuts the graph before the tables at the mixture's inputs.
+        # Index the vectors, because the tracing by torchrec's pipeline can't iterate over them.
         vectors = [] if events is None else [events.vectors[index] for index in range(len(self.histories))]
         outputs = self.mixture(network_inputs, placement, top_k, usable, *((events, *vectors) if vectors else ()))
         return self.postprocess(inputs, outputs)
@@ -170,7 +170,7 @@ class RankingModel(nn.Module):
         return outputs._replace(logits=self.trees.blend(logits, tree_logits, self.names))
 
     def to_label_units(self, logits: Tensor) -> Tensor:
-        """Convert the regressions' logits among (B, T) logits from standard deviations to the label's unit."""
+        """Convert logits (B, T) of regressions from standardized labels to the label's unit, and keep other logits."""
         if self.mean.dtype == torch.float32:
             return logits
         return torch.addcmul(self.mean, logits.to(self.mean.dtype), self.scale)
@@ -198,7 +198,7 @@ class Mixture(nn.Module):
             levels: Levels of experts.
             towers: Towers of the tasks.
             placement: Placement tower, None without placement inputs.
-            raw_inputs: Whether experts of the first level read the inputs of the bottom besides its output.
+            raw_inputs: Whether experts of the first level read the bottom's inputs besides the bottom's output.
         """
         super().__init__()
         self.histories: HistoryAttention | None = None
@@ -228,8 +228,8 @@ class Mixture(nn.Module):
             inputs: (B, W) float32.
             placement: (B, P), which only training reads.
             top_k: Experts per row and gate outside training, None for the number in the settings.
-            usable: (E,) bool, the experts that may run.
-            events: Events of the histories, if the inputs contain only means of their events.
+            usable: (E,) bool, the experts that may run, None for all.
+            events: Events of the histories, None if attention has already been added to `inputs`.
             vectors: Embeddings of the events, as in `HistoryAttention.forward`.
         """
         if events is not None:
@@ -243,7 +243,7 @@ class Mixture(nn.Module):
         for level in self.levels:
             mixed, routing = level(gate_inputs, expert_inputs, top_k, usable)  # (B, G, U)
             routings.append(routing)
-            gate_inputs = expert_inputs = list(mixed.unbind(1))  # G of (B, U)
+            gate_inputs = expert_inputs = list(mixed.unbind(1))  # A list of G tensors (B, U).
         logits = self.towers(torch.stack(gate_inputs, dim=1) if len(self.levels) > 1 else mixed).float()  # (B, T)
         if self.training and self.placement is not None:
             logits = logits + self.placement(placement).float()
@@ -263,8 +263,8 @@ class Bottom(nn.Module):
 
         Args:
             inputs: Number of inputs.
-            edges: For each dense input, the edges between intervals of the piecewise-linear encoding. An input without
-                edges isn't encoded. Other inputs have at least two.
+            edges: For each dense input, the ascending ends of the intervals of the piecewise-linear encoding. Inputs
+                with fewer than two edges aren't encoded.
             settings: Section `model.bottom`.
         """
         super().__init__()
@@ -338,7 +338,7 @@ def _mlp(inputs: int, units: Sequence[int], dropout: float = 0.0) -> nn.Sequenti
 
 
 class _RowDropout(nn.Dropout):
-    """Dropout that drops the same elements of a row if a step is repeated, see `batch.seeded_draws`."""
+    """Dropout with `draw_uniform`, so that a repeated step drops the same elements (see `batch.seeded_draws`)."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:

@@ -77,7 +77,7 @@ class ModelLayout(Layout):
         features: dict[str, Any] = {column.name: settings.features.get(column.name) for column in layout.ids}
         attended = {name: kind for name, kind in features.items() if getattr(kind, "pooling", None) == "attention"}
         pooled = (AttentionHistory(name, feature.length) for name, feature in attended.items())
-        # Attention compares events with the candidate's inputs. A model without these inputs takes the mean instead.
+        # Attention compares events with a candidate's IDs in the same tables. Without these, a model takes the mean.
         attention = tuple(pool for pool in pooled if any(partner for _, partner in layout.history_inputs(pool)))
         return ModelLayout(tuple(tables), layout.ids, layout.dense, tuple(tasks), attention)
 
@@ -98,7 +98,7 @@ class ModelLayout(Layout):
         return sum(dims[name] for name in self.id_names(placement)) + len(self.dense_names(placement))
 
     def id_names(self, placement: bool) -> list[str]:
-        """Return the names of ID inputs. A history pooled by attention is one input with the history's name."""
+        """Return the names of placement ID inputs, or of all others. Attention pools a history to a single input."""
         further_inputs = {name for history in self.attention for name, _ in self.history_inputs(history)[1:]}
         return [name for name in super().id_names(placement) if name not in further_inputs]
 

@@ -28,12 +28,12 @@ class GateOutput:
     """Outputs of G gates and R routers for B rows and E experts. A `RoutingRule` chooses experts from them.
 
     Attributes:
-        gate_logits: (B, G, E) float32, minus infinity for experts that the gate can't use.
-        router_logits: (B, R, E) float32, the same for routers, lowered for new experts (`Gates.ramp`).
+        gate_logits: (B, G, E) float32, minus infinity for experts that the gate doesn't see.
+        router_logits: (B, R, E) float32, logits of the routers, lowered for new experts (see `Gates.ramp`).
         probabilities: (B, R, E) float32, softmax of the routers over allowed experts. Training adds noise and dropout.
         allowed: (R, E) bool, the experts that may be used.
         bias: (E,) float32, added to log probabilities by rules with a selection bias.
-        k: Experts per row and router, None for a rule that takes no k.
+        k: Experts per row and router, None if neither the rule nor serving limits them.
     """
 
     gate_logits: Tensor
@@ -51,7 +51,7 @@ class Routing(NamedTuple):
         weights: (B, G, E) float32, the weight of each expert in a gate, 0 for unused experts.
         probabilities: (B, R, E) float32, the softmax that chose the experts.
         selected: (B, R, E) bool, None if all experts are selected.
-        logits: (B, R, E) float32 of the routers.
+        logits: (B, R, E) float32, logits of the routers without noise.
         max_selected: Maximum number of experts per row and router, None if the rule sets no maximum.
     """
 
@@ -96,7 +96,7 @@ class RoutingRule(ABC):
         Args:
             gated: Outputs of the gates.
             selected: Result of `select`.
-            renormalize: Whether a row's weights sum to 1 instead of the probability of the selected experts.
+            renormalize: Whether a row's weights sum to 1, or else to the total probability of the selected experts.
         """
         return gated.probabilities if selected is None else _keep_selected(gated.probabilities, selected, renormalize)
 
@@ -109,7 +109,7 @@ def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
         allowed: (..., E) bool. If no entry is allowed, all results are 0.
     """
     some = allowed.any(-1, keepdim=True)
-    # A softmax over no entries would be NaN. Take a plain softmax there.
+    # A softmax without allowed entries would be NaN. Take the softmax over all entries instead, and multiply it by 0.
     logits = logits.masked_fill(~(allowed | ~some), float("-inf"))
     # Transpose, so that a CPU's vector instructions process many rows at once. With 8 experts, the softmax then takes a
     # tenth of the time.
@@ -117,7 +117,7 @@ def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
 
 
 def select_top_k(gated: GateOutput) -> Tensor:
-    """Select each router's k experts with the largest log probability plus bias, (B, R, E) bool."""
+    """Select each router's k experts with the largest log probability + `bias`, (B, R, E) bool."""
     import torch
 
     assert gated.k is not None, "this rule takes a k"
@@ -137,7 +137,7 @@ def _keep_selected(probabilities: Tensor, selected: Tensor, renormalize: bool) -
     return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
-# Losses on the routing of one level that keep experts in use. `row_weights` (B,) float32 are the weights of a mean.
+# Loads of the experts of one level, and losses on the routing that keep experts in use and logits small.
 
 
 def expert_loads(routing: Routing, row_mask: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class TopK(RoutingRule):
 class ExpertChoice(RoutingRule):
     """In training, each expert takes the rows that prefer it most (Zhou et al., NeurIPS 2022).
 
-    Each of the n experts that a gate may use takes ceil(B k / n) rows, so a row gets k experts on average.
+    For a gate, each of the n allowed experts takes ceil(B k / n) rows, so a row gets k experts on average.
     """
 
     name = "expert_choice"

@@ -31,7 +31,7 @@ def predictions(logits: Tensor, kinds: Sequence[TaskKind]) -> Tensor:
 
 
 def log_predictions(logits: Tensor, kinds: Sequence[TaskKind]) -> Tensor:
-    """Convert logits to log predictions by the kind of each task.
+    """Convert logits to finite log predictions by the kind of each task.
 
     Args:
         logits: (B, T).
@@ -77,7 +77,7 @@ def add_joint_predictions(values: np.ndarray, layout: Layout) -> dict[str, np.nd
 
 
 def compute_log_scores(logits: Tensor, kinds: Sequence[TaskKind], score_weights: Sequence[float]) -> Tensor:
-    """Return the log scores (B,). Rank by them, since scores may be too small for float32.
+    """Return the log scores (B,). Rank by log scores, since scores may be too small for float32.
 
     Args:
         logits: (B, T).
@@ -147,7 +147,7 @@ class TaskCalibration:
         return max([self.slope, *((high - low) / (right - left) for (left, right), (low, high) in knots)])
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Calibrate logits (B,) in float64, and return them in their own type."""
+        """Return the calibrated logits (B,), computed in float64, in the type of `logits`."""
         x = logits.double()
         if len(self.logits) == 1:
             return (self.calibrated[0] + self.slope * (x - self.logits[0])).to(logits.dtype)

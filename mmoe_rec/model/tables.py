@@ -1,7 +1,7 @@
-"""Embedding tables in two forms with equal weights and names.
+"""Embedding tables in two forms that give the same embeddings.
 
 `PlainTables` is pure torch, for serving and single-process evaluation. `torchrec_tables` returns torchrec's collection
-of tables, which `mmoe_rec.training.sharding` distributes over ranks. Its weights have padding columns (`padded_dim`).
+of tables, which `mmoe_rec.training.sharding` distributes over ranks. The collection pads weights (`padded_dim`).
 
 Pass the output of either form to `mean_embeddings`. The result is the mean embedding of an input's IDs, or zero without
 IDs. torchrec's collection only sums embeddings, because averaging is slow on some processors.
@@ -77,7 +77,7 @@ class PlainTables(nn.Module):
     def forward(self, ids: KeyedIds) -> dict[str, Tensor]:
         """Return the mean embeddings (B, dim) float32 of each input by name.
 
-        Inputs of attention have the embedding of each of their E IDs instead, (E, dim).
+        For an input of a history that attention pools, return the embedding of each of the E events instead, (E, dim).
         """
         return {
             name: self.rows(table, ids.column(name)[0])
@@ -98,7 +98,7 @@ class PlainTables(nn.Module):
 
 
 def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") -> nn.Module:
-    """Return the tables of a layout as torchrec's EmbeddingBagCollection, or an empty `PlainTables` without ID inputs.
+    """Return a layout's tables as torchrec's EmbeddingBagCollection. Without ID inputs, return an empty `PlainTables`.
 
     Weights are zeros until `mmoe_rec.training.sharding.shard` or a checkpoint fills them.
 
@@ -200,22 +200,22 @@ COLUMN_MULTIPLE = 4
 
 
 def padded_dim(dim: int) -> int:
-    """Return the number of stored columns of a table with this width."""
+    """Return the number of columns that training stores for a table of width `dim`."""
     return -(-dim // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
 
 def to_padded(weights: Tensor) -> Tensor:
-    """Convert rows (N, D) to stored rows (N, D')."""
+    """Pad and scale weights (N, D) to the rows (N, D') that training stores."""
     dim = weights.shape[1]
     width = padded_dim(dim)
     return weights if width == dim else functional.pad(weights * math.sqrt(width / dim), (0, width - dim))
 
 
 def from_padded(weights: Tensor, dim: int) -> Tensor:
-    """Convert stored rows, or sums of stored rows, to weights (N, D).
+    """Return the weights (N, D) of rows from `to_padded`, or their sums.
 
     Args:
-        weights: (N, D').
+        weights: (N, D'), stored rows or sums of stored rows.
         dim: Width D of the table.
     """
     width = weights.shape[1]
@@ -234,7 +234,7 @@ SCALES_SUFFIX = ".scales"  # In a file, the scales of weight NAME are called NAM
 
 
 def rows_per_scale(width: int) -> int:
-    """Return how many rows of this width share a scale."""
+    """Return how many adjacent rows of an int8 table of this width share a scale."""
     return -(-MIN_WEIGHTS_PER_SCALE // max(1, width))
 
 
@@ -290,7 +290,7 @@ class Int8EmbeddingBag(nn.Module):
             scales: (S,) bfloat16 from `quantize`.
         """
         super().__init__()
-        self.num_embeddings, self.embedding_dim = codes.shape  # The names of `nn.EmbeddingBag`.
+        self.num_embeddings, self.embedding_dim = codes.shape  # Names as in `nn.EmbeddingBag`.
         self._rows_per_scale = rows_per_scale(codes.shape[1])
         if scales.shape != (-(-len(codes) // self._rows_per_scale),):
             raise ValueError(f"{len(codes)} rows of {codes.shape[1]} numbers don't have {tuple(scales.shape)} scales")
@@ -320,7 +320,7 @@ class Int8EmbeddingBag(nn.Module):
 
 
 def table_weight_name(table: str) -> str:
-    """Return the name of a table in a file of weights."""
+    """Return the name of a table's weight in a model's file of weights."""
     return f"tables.embedding_bags.{table}.weight"
 
 
@@ -355,5 +355,5 @@ def to_float32(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def has_int8_weights(names: Iterable[str]) -> bool:
-    """Return whether a file with these names has weights in int8."""
+    """Return whether weights with these names include int8 tables, which have scales."""
     return any(name.endswith(SCALES_SUFFIX) for name in names)

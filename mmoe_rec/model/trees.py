@@ -31,7 +31,7 @@ FOLDER, BLENDS = "trees", "blends.json"
 
 @dataclass(frozen=True)
 class Blend:
-    """Weights of the sum network * network logit + trees * tree logit + offset, in a regression's own unit."""
+    """Weights of the sum network * network logit + trees * tree logit + offset. Regressions use the label's unit."""
 
     network: float
     trees: float
@@ -105,8 +105,8 @@ class Trees:
 
         Args:
             folder: Artifact folder.
-            numbers: Number of numeric inputs.
-            ids: Number of inputs with single IDs. Trees read all of them or none.
+            numbers: Number of dense inputs.
+            ids: Number of inputs with single IDs. The trees of a task read all of these inputs or none.
 
         Raises:
             UserError: The trees are damaged.
@@ -140,7 +140,7 @@ class Trees:
 ROWS_PER_BLOCK = 128
 # Masks of LightGBM's `decision_type`: 1 marks a categorical split, and 12 holds the rule for missing values.
 _SET, _MISSING = 1, 12
-_ZERO = np.float32(1e-35)  # LightGBM reads smaller numbers as 0, so they don't go left at an edge below 0.
+_ZERO = np.float32(1e-35)  # LightGBM takes numbers nearer to 0 as 0. They don't go left at an edge below 0.
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ class Tree:
         features: (S,) int64, the input of each split.
         edges: (S,) float32. Inputs up to the edge go left.
         is_categorical: (S,) bool. For a categorical split, inputs in a set of whole numbers go left. `edges` is unused.
-        left: (S,) int64, the split that follows at the left. A leaf is stored as `~leaf`.
-        right: (S,) int64, the split or leaf that follows at the right.
+        left: (S,) int64, the next split on the left, or `~leaf` for a leaf.
+        right: (S,) int64, the next split on the right, or `~leaf`.
         values: (S + 1,) float64, values of the leaves.
         sets: (S,) int64, the index of the set of a categorical split.
         set_offsets: Index of each set's first word in `set_bits`, and the end of the last set.
@@ -188,7 +188,7 @@ class Ensemble(NamedTuple):
 
 
 def read_ensemble(text: str) -> Ensemble:
-    """Read the trees in LightGBM's text. The sum over all trees is the mean of the ensembles in the text.
+    """Read the trees in LightGBM's text. Leaf values of n ensembles are divided by n, so the sum is a mean.
 
     Raises:
         ValueError: The text is damaged, or the trees aren't of the kind that `mmoe_rec.training.stacking` trains.
@@ -250,13 +250,13 @@ class Forest:
         for tree, row in zip(trees, self._values, strict=True):
             row[: len(tree.values)] = tree.values
         # `_sums` computes one bit string for each different numeric split, then one for each categorical split.
-        # Numeric splits of an input: the input, the range of their bit strings, their edges (E, 1).
+        # Each item has an input with numeric splits, the range of the splits' bit strings, and their edges (E, 1).
         self._numbers: list[tuple[int, slice, np.ndarray]] = []
-        # S categorical splits of an input: the input, the range of these splits' bit strings, and a bool array
-        # (largest category + 2, S) that says whether a split's set contains a category.
+        # Each item has an input with S categorical splits, the range of their bit strings (counted after the numeric
+        # splits), and a bool array (largest category + 2, S) that says whether a split's set contains a category.
         self._sets: list[tuple[int, slice, np.ndarray]] = []
-        # Splits of each depth: positions of their nodes, indices of their bit strings, and the position of the first
-        # left child. The right children follow the left children.
+        # Each item has the splits of a depth: positions of their nodes, indices of their bit strings, and the position
+        # of the first left child. The right children follow the left children.
         self._levels: list[tuple[np.ndarray, np.ndarray, int]] = []
         sizes = [len(tree.features) for tree in trees]
         firsts = np.cumsum([0, *sizes])
@@ -279,7 +279,7 @@ class Forest:
         self._leaves, self._nodes = leaves, first + 1  # The last node stands for leaves that small trees lack.
 
     def _find_bits(self, trees: Sequence[Tree], firsts: np.ndarray) -> np.ndarray:
-        """Return the index of the bit string that each split reads, (S,) for the S splits of all trees."""
+        """Assign a bit string to each split, and return the indices (S,). Equal numeric splits share a bit string."""
         features, edges, is_categorical = (
             np.concatenate([getattr(tree, name) for tree in trees]) for name in ("features", "edges", "is_categorical")
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmoe_rec.model.mmoe import Outputs
 
-# A gate is polarized if one expert gets more than this fraction of its weight (Zhao et al., RecSys 2019, section 4).
+# A gate is polarized if one expert gets more than this fraction of the weight (Zhao et al., RecSys 2019, section 4).
 POLARIZED_ABOVE = 0.8
 # An expert is underused below this fraction of the mean load.
 UNDERUSED_BELOW = 0.05
@@ -53,7 +53,7 @@ class ExpertUtilization:
 
     @property
     def polarized(self) -> list[bool]:
-        """Whether each task's gate, if it sees several experts, gives one more than POLARIZED_ABOVE of the weight."""
+        """Whether each task's gate gives more than POLARIZED_ABOVE of its weight to one of several experts."""
         return [len(seen := _numbers(weights)) > 1 and float(seen.max()) > POLARIZED_ABOVE for weights in self.weights]
 
     def to_metrics(self, tasks: list[str]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 A new model can start from an old model if its features extend the old model's features. Dense weights and table rows of
 seen IDs are copied. An ID that is new to the vocabulary starts as a copy of the row where the old model looked it up (a
-hash bucket). The first outputs therefore equal the old model's outputs. The state of optimizers is not copied.
+hash bucket). Before training, outputs thus equal the old model's outputs. The state of optimizers is not copied.
 """
 
 import copy
@@ -29,7 +29,7 @@ from mmoe_rec.settings.load import describe_errors
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import diff_settings
 
-# Last parts of the names of settings that don't change the weights' shape or meaning. Both models may differ in them.
+# Settings, by the last part of the name, that may differ between the models. They don't change what weights mean.
 _FREE = {"dropout", "conditional_on", "top_k", "random_top_k", "serving_top_k", "noise", "compute"}
 _FREE |= {"balance", "balance_weight", "bias_rate", "z_loss", "ramp_steps"}
 
@@ -124,7 +124,7 @@ def _weights(folder: Path) -> Iterator[Any]:
 
 
 def _describe(pipeline: FeaturePipeline, layout: ModelLayout, model: Model) -> dict[str, Any]:
-    """Return the settings and inputs that must be equal for weights to be copied, as a tree of JSON values."""
+    """Return the settings and inputs that must be equal to copy weights (except `_FREE`), as a tree of JSON values."""
     tree = copy.deepcopy(pipeline.schema.identity())
     features: dict[str, dict[str, Any]] = tree["features"]
     for table in layout.tables:
@@ -224,10 +224,10 @@ def add_experts(state: State, model: Model, copied: Iterable[int], seed: int = 0
         state: Weights of the model.
         model: Section `model` of the settings.
         copied: Indices of the experts to copy.
-        seed: Seed of the noise.
+        seed: Seed of the noise by which copies and originals differ.
 
     Raises:
-        UserError: An expert isn't shared or is masked.
+        UserError: An expert is masked or isn't shared by all tasks.
     """
     generator = torch.Generator().manual_seed(seed)
     soft = model.gates.rule.selects_all and model.gates.serving_top_k is None
@@ -250,7 +250,7 @@ def remove_expert(state: State, model: Model, expert: int) -> tuple[State, Model
         expert: Index of the expert.
 
     Raises:
-        UserError: Too few experts would remain, or a gate would have none in use.
+        UserError: The expert isn't shared by all tasks, or too few experts would remain in use.
     """
     _check_shared(model, expert, "removed")
     if model.experts.count + model.experts.task_count == 1:
@@ -268,7 +268,7 @@ def remove_expert(state: State, model: Model, expert: int) -> tuple[State, Model
 
 
 def mask_expert(state: State, model: Model, expert: int) -> State:
-    """Take an expert out of use, but keep the expert's weights. Return the changed state.
+    """Take an expert out of use on all levels, but keep the expert's weights. Return the changed state.
 
     Args:
         state: Weights of the model.
@@ -327,7 +327,7 @@ def _check_shared(model: Model, expert: int, action: str) -> None:
 
 
 def _check_in_use(state: State, model: Model, expert: int, action: str) -> None:
-    """Raise UserError if a gate has no expert in use, since its predictions would be equal for all candidates."""
+    """Raise UserError if a gate has no expert in use. Its task would predict the same for all candidates."""
     shared, own = model.experts.count, model.experts.task_count
     for name in (name for name in state if name.endswith("gates.masked")):
         in_use = (state[name] == 0) & (state[name.replace("masked", "ramp")] < 1)

@@ -28,11 +28,11 @@ class TaskKind(str, ABC):
         is_binary: Whether labels are 0 and 1, and logits are log odds. Binary tasks have positive labels, AUC and
             calibration, and can be conditional on another binary task.
         is_linear: Whether the logit is the prediction, in the label's unit. Models of linear tasks learn standardized
-            labels, files store them in float64, and predictions may be 0 or negative.
-        min_prediction: Lower limit to which predictions are raised in the ranking score.
-        guardrail_metric: Metric in which a task may not lose more than `evaluation.max_metric_drop`.
+            labels, files store labels in float64, and predictions may be 0 or negative.
+        min_prediction: Lower limit of predictions in the ranking score, which raises lower predictions to it.
+        guardrail_metric: Metric in which a new model may not lose more than `evaluation.max_metric_drop`.
         loss_name: Name of the loss in reports.
-        loss_factor: Factor of the mean loss if training learns the tasks' weights, see `mmoe_rec.training.losses`.
+        loss_factor: Factor of the mean loss if training learns the weights of tasks (see `mmoe_rec.training.losses`).
         lightgbm_objective: LightGBM's name for the loss.
         mean_label_name: Name of the mean label in reports.
     """
@@ -51,7 +51,7 @@ class TaskKind(str, ABC):
 
     @property
     def metrics_kind(self) -> str:
-        """Kind whose metrics apply to tasks of this kind."""
+        """Name of the kind, `binary` or `regression`, whose metrics apply to tasks of this kind."""
         return "binary" if self.is_binary else "regression"
 
     @abstractmethod
@@ -61,7 +61,7 @@ class TaskKind(str, ABC):
         Args:
             logits: Shape (B,).
             labels: Shape (B,).
-            label_std: Standard deviation of the training labels, used by linear kinds.
+            label_std: Standard deviation of the training labels. Linear kinds divide errors by this number.
         """
 
     @abstractmethod
@@ -70,7 +70,7 @@ class TaskKind(str, ABC):
 
     @abstractmethod
     def log_prediction(self, logits: Tensor) -> Tensor:
-        """Return the log predictions for logits of any shape, which are finite for every logit."""
+        """Return finite log predictions for logits of any shape."""
 
     @abstractmethod
     def logits(self, predictions: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class TaskKind(str, ABC):
         return f"{mean:,.0f}" if 1000 <= abs(mean) < 1e15 else f"{mean:.4g}"
 
     def describe_labels(self, total: float, observed: int) -> str:
-        """Describe observed labels.
+        """Return a phrase for reports with the number of observed labels, and their mean or number of positives.
 
         Args:
             total: Sum of the labels.
