@@ -73,7 +73,7 @@ class LogRows:
         return self._row_numbers
 
     def filter(self, mask: np.ndarray) -> "LogRows":
-        """Return the rows where `mask`, (N,) bool, is true. A proper subset loses its `results`."""
+        """Return the rows where `mask`, (N,) bool, is true, without `results` unless all rows are kept."""
         if mask.all():
             return self
         numbers = None if self._row_numbers is None else self._row_numbers[mask]

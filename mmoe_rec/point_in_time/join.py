@@ -194,7 +194,7 @@ class SearchJoin:
         return first
 
     def last(self, lag_us: int = 0) -> np.ndarray:
-        """Return the index of the last event of each lookup's key, `lag_us` before the lookup, or -1. Shape (D,)."""
+        """Return the (D,) indices of the last event of each lookup's key, `lag_us` microseconds before it, or -1."""
         last = np.full(len(self.lookups), -1, np.int64)
         rows, group = self._groups
         if len(rows):

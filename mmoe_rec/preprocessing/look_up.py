@@ -162,7 +162,7 @@ ROWS_PER_BLOCK = 131_072
 
 @dataclass(frozen=True)
 class ResultExchange:
-    """Exchange of values of counters and histories. A receiver is a block of `ROWS_PER_BLOCK` rows of the log.
+    """Exchange of values of counters and histories. Receivers are blocks of `ROWS_PER_BLOCK` consecutive rows.
 
     Attributes:
         folder: Folder of the files.

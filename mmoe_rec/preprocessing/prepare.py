@@ -143,8 +143,8 @@ def prepare(inputs: BuildInputs, *, keep_existing: bool = False) -> FeatureFolde
 
     Args:
         inputs: Logs, schema and options of the build.
-        keep_existing: Whether to reuse the features even if files were deleted, as for a resumed training, which needs
-            the same features.
+        keep_existing: Whether to reuse the features even if files were deleted. A resumed or warm-started training
+            needs the same features.
 
     Raises:
         UserError: The log can't be read or contains the output folder, a split is empty, or a binary task has one class
@@ -167,7 +167,7 @@ def prepare(inputs: BuildInputs, *, keep_existing: bool = False) -> FeatureFolde
 
 
 def _check_replaceable(features: FeatureFolder, logs: Logs) -> None:
-    """Raise UserError if a rebuild of extended features would lose deleted files. For others, print a message."""
+    """Raise UserError if extended features have rows of deleted files. For other features, print a message."""
     missing = features.missing(logs)
     if missing and not features.is_extended:
         say(f"Rebuilding the features without {len(missing):,} deleted files, such as '{missing[0]}'.")

@@ -193,7 +193,7 @@ def _find_first_times(database: Database, requests: RequestCounts, path: Path, f
 
 
 def _find_conflict(database: Database, column: str, runs: str) -> Conflict | None:
-    """Return two rows of one request: the first row with the value `agreed`, and the first row with another value."""
+    """Return two rows of one request: the first with the request's value (`agreed`), and the first with another."""
     conflicting, request = database.row(f'SELECT min(row), arg_min(request, row) {runs} WHERE "{column}" <> agreed')
     if conflicting is None:
         return None
@@ -263,7 +263,7 @@ def check_duplicates(
         logs: Logs of the build.
         sent: Folder of Arrow files with the hash (`key`) and the number (`row`) of each row.
         scratch: Folder for temporary files.
-        excluded_rows: File for `LogReader.excluded_rows`.
+        excluded_rows: File to write, for `LogReader.excluded_rows`.
         previous: Folder with the hashes of the rows in earlier files.
         requests_dir: Folder for the hashes of all rows. None writes no hashes.
 

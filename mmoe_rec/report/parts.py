@@ -82,7 +82,7 @@ class Sentence:
     Attributes:
         text: The sentence without its period, with code between backticks.
         mark: Color of the sentence. `warning`, `problem` and `note` also precede the sentence as a word.
-        label: Text before the sentence in the HTML report, in place of this word, such as the name of a check.
+        label: Text before the sentence in the HTML report, such as the name of a check. It replaces the word of `mark`.
         page_only: Whether the terminal omits the sentence.
     """
 
