@@ -30,7 +30,7 @@ PathColumns = tuple[tuple[str, int | str | None], ...]
 
 
 class BadFile(UserError):  # noqa: N818 - named for what it is about
-    """Error about the file of a log at `uri`."""
+    """Error about the log file at `uri`."""
 
     def __init__(self, message: str, uri: str) -> None:
         super().__init__(message)
@@ -131,8 +131,8 @@ def check_files(
         found_files: Files of the log.
         uses: Columns of the log and how to read them.
         time_unit: Unit of integer times, None if times are timestamps.
-        skip_bad_files: Whether to return bad files instead of raising an error.
-        fitted: Type name of each column that existing features were fitted to. Files must have this type. For other
+        skip_bad_files: Whether to return bad files as skipped instead of raising an error.
+        fitted: Column -> name of the type with which existing features were built. Files must have this type. For other
             columns, files must have the type that most files have.
 
     Returns:
@@ -162,7 +162,7 @@ def check_files(
 
 
 def _find_integers(files: Sequence[FileInfo], fitted: Mapping[str, str]) -> set[str]:
-    """Return the path columns (`day=7/`) that hold integers, by the fitted type or else by the values of all files."""
+    """Return the path columns (`day=7/`) that hold integers, by their type in `fitted` or else by all their values."""
     pairs = (pair for file in files for pair in parse_path_columns(file.uri).items())
     values = [(column, value) for column, value in pairs if value is not None]
     integers = {column for column, _ in values} - {column for column, value in values if not _is_integer(value)}
@@ -173,7 +173,7 @@ def _find_integers(files: Sequence[FileInfo], fitted: Mapping[str, str]) -> set[
 def _read_footer(
     info: FileInfo, uses: dict[str, ColumnUse], time_unit: str | None, integers: set[str]
 ) -> tuple[LogFile, dict[str, pa.DataType]]:
-    """Return the file and the canonical type of each used column. A file without rows gets no types."""
+    """Return the file and the canonical type of each column in `uses`. A file without rows gets no types."""
     uri = info.uri
     with open_parquet(uri) as parquet:
         arrow, metadata = parquet.schema_arrow, parquet.metadata
@@ -205,7 +205,7 @@ def _read_footer(
 def _find_wrong_column(
     column: str, use: ColumnUse, names: Sequence[str], paths: Mapping[str, str | None]
 ) -> str | None:
-    """Return the problem of a file with a column, if any. `names` are the file's columns, `paths` those of its path."""
+    """Return a problem with a file's `column`, if any. `names` are columns in the file, `paths` columns in its path."""
     if (times := names.count(column)) > 1:
         return f"has {times} columns called '{column}'. Rename all but one."
     if times or (column in paths and use != "time"):
@@ -255,7 +255,7 @@ def _common_types(
 
 
 def read_column_names(uri: str) -> set[str]:
-    """Return the columns of the file at `uri` and in its path.
+    """Return the names of the columns in the file at `uri` and in its path.
 
     Raises:
         BadFile: The file is not a readable Parquet file.
@@ -268,7 +268,7 @@ def add_path_columns(table: pa.Table, uri: str, names: Iterable[str]) -> pa.Tabl
     """Append columns from a file's path, as strings.
 
     Args:
-        table: Columns in the file.
+        table: Rows of the file.
         uri: URI of the file.
         names: Columns to append if the table lacks them and the path has them.
     """
@@ -325,7 +325,7 @@ def find_first_invalid(read: Callable[[Sequence[Any]], object], values: Sequence
     """Return the index of the first value that `read` rejects.
 
     Args:
-        read: Function that raises UserError for invalid values.
+        read: Function that raises UserError for a sequence with an invalid value.
         values: Values, of which at least one is invalid.
     """
 
@@ -340,7 +340,7 @@ def find_first_invalid(read: Callable[[Sequence[Any]], object], values: Sequence
 
 
 def describe_row(row: int) -> str:
-    """Return the end of an error message that names the first bad `row` of a file."""
+    """Return the end of an error message, which names the first bad `row` of a file (counted from 0)."""
     return f" (the first is row {row} of the file, counted from 0)"
 
 
@@ -355,7 +355,7 @@ class ValueCheck:
     Attributes:
         column: Name of the column.
         wrong: Function that returns whether each of N rows is wrong, (N,) bool.
-        says: Function that returns the words about a wrong value that follow the column's name in the error message.
+        says: Function that turns a wrong value into the text that follows the column's name in the error message.
     """
 
     column: str
@@ -363,7 +363,7 @@ class ValueCheck:
     says: Callable[[Any], str]
 
     def find(self, rows: LogRows) -> tuple[int, str] | None:
-        """Return the first wrong row of `rows` and its problem, None if all rows are right."""
+        """Return the index of the first wrong row and a message about it, None if all rows are right."""
         wrong = self.wrong(rows)
         if not wrong.any():
             return None
@@ -379,7 +379,7 @@ def _show(value: Any) -> str:
 
 
 def log_value_checks(schema: Schema, max_time: int) -> list[ValueCheck]:
-    """Return the checks of an interaction log.
+    """Return the value checks of an interaction log.
 
     Args:
         schema: Schema of the log.
@@ -410,7 +410,7 @@ def log_value_checks(schema: Schema, max_time: int) -> list[ValueCheck]:
 
 
 def event_value_checks(time: str, max_time: int) -> list[ValueCheck]:
-    """Return the checks of an event log.
+    """Return the value checks of an event log.
 
     Args:
         time: Name of the time column.

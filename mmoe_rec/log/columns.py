@@ -2,11 +2,12 @@
 
 | use of the column | canonical type |
 |---|---|
-| ids, keys of counters and crosses, user, candidate, request | int64 or string |
-| lists of ids | list<int64> or list<string> |
-| numbers, labels | float64 |
-| vectors | list<float64> |
-| times | timestamp[us, UTC] |
+| `key`: ids, keys of counters and crosses, user, candidate, request, split | int64 or string |
+| `keys`: lists of ids | list<int64> or list<string> |
+| `number`: numbers, labels, weights, sampling rates | float64 |
+| `vector`: lists of numbers | list<float64> |
+| `time`: times | timestamp[us, UTC] |
+| `any`: conditions for labels (`observed_when`) | int64, string or float64 |
 
 Hashes of columns are the same on every machine and in every process.
 """
@@ -47,10 +48,10 @@ _HINTS = {
 
 
 def column_uses(schema: Schema) -> dict[str, ColumnUse]:
-    """Return how `schema` uses each column of a log. A column that is both a key and a number counts as a key.
+    """Return how `schema` uses each column of an interaction log. A column used as key and as number is a key.
 
     Raises:
-        UserError: A column has contradicting uses.
+        UserError: A column has uses that need different types.
     """
     uses: dict[str, dict[ColumnUse, str]] = defaultdict(dict)
 
@@ -91,7 +92,7 @@ def event_column_uses(schema: Schema, events: str) -> dict[str, ColumnUse]:
         events: Name of the event log.
 
     Raises:
-        UserError: The time column is also a key.
+        UserError: The time column is also the key of a counter or history.
     """
     time = schema.events[events].time
     uses: dict[str, ColumnUse] = {}
@@ -129,7 +130,7 @@ def canonical_type(  # noqa: PLR0911 - one line a case reads best
         time_unit: Unit of integer times, None if times are timestamps.
 
     Raises:
-        UserError: Columns of this type don't support this use.
+        UserError: A column of type `dtype` can't have this use.
     """
     kind = dtype.value_type if pt.is_dictionary(dtype) else dtype
     if pt.is_null(kind):
@@ -230,7 +231,7 @@ def hash_column(column: pa.Array) -> np.ndarray:
 
 
 def combine_hashes(hashes: Sequence[np.ndarray]) -> np.ndarray:
-    """Combine the `hashes` of each column, (N,) uint64, to one hash for each row. The order of the columns matters."""
+    """Combine the `hashes` of several columns, each (N,) uint64, to one hash for each row. Their order matters."""
     result = hashes[0]
     with np.errstate(over="ignore"):
         for column_hashes in hashes[1:]:

@@ -1,7 +1,7 @@
 """DuckDB for joins and groupings over a whole log, in bounded memory with temporary files.
 
-SQL never contains the column names of the user's log. Tables use fixed column names or numbers instead. Thus names with
-quotes, and names that differ only by case, cause no errors.
+SQL never contains the column names of the user's log. Tables use fixed column names or numbers instead. Names with
+quotes, and names that differ only by case, therefore cause no errors.
 """
 
 import shutil
@@ -80,7 +80,7 @@ class Database:
         return self._connection.execute(query).fetchall()
 
     def table(self, query: str) -> pa.Table:
-        """Return the result of `query`, which must fit into memory."""
+        """Return the result of `query` as one table, which must fit into memory."""
         return self._connection.sql(query).to_arrow_table()
 
     def read(self, query: str, rows: int) -> Iterator[pa.Table]:
@@ -111,10 +111,10 @@ class Database:
 def open_database(
     folder: Path, memory_gib: float = DEFAULT_MEMORY_GIB, workers: int | None = None
 ) -> Iterator[Database]:
-    """Open a new temporary database.
+    """Open a new temporary database, and remove it at the end of the `with` block.
 
     Args:
-        folder: Folder for temporary files. Its previous content is deleted, and so is the folder at the end.
+        folder: Folder for temporary files. Its previous content is deleted, and the folder itself at the end.
         memory_gib: Memory limit in GiB.
         workers: Number of threads, by default one per core.
 

@@ -34,7 +34,7 @@ _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A file of a log. The text `version` changes when the file is rewritten."""
+    """A file of a log, with its size in bytes. The text `version` changes when the file is rewritten."""
 
     uri: str
     bytes: int
@@ -107,7 +107,7 @@ def _find_local(source: str) -> list[Path]:
 
 
 def source_includes(source: str, files: Sequence[Path]) -> bool:
-    """Return whether a folder or glob would include any of these local files, judged by their paths.
+    """Return whether a folder or glob would include any of the local `files`, judged by their paths.
 
     Args:
         source: Folder, glob or file.
@@ -136,8 +136,8 @@ def split_glob(source: str) -> tuple[str, Sequence[str]]:
 def _below(name: str, is_folder: bool, parts: Sequence[str]) -> Iterator[Sequence[str]]:
     """Match the name of a file or folder to the first of the `parts` of a glob.
 
-    For a matching folder, yield the parts that its entries must match. For a matching file, yield (). The part `**`
-    matches all visible folders and Parquet files.
+    For a matching folder, yield the remaining parts, which its entries must match. For a matching file, yield (). The
+    part `**` matches all visible folders and Parquet files.
     """
     part, rest = parts[0], parts[1:]
     if part == "**" and rest:
@@ -152,7 +152,7 @@ def _below(name: str, is_folder: bool, parts: Sequence[str]) -> Iterator[Sequenc
 
 
 def _walk(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
-    """Yield the files below a folder that match the parts of a glob, and the Parquet files of matching folders."""
+    """Yield the files below a folder that match the `parts` of a glob, and all Parquet files in matching folders."""
     for entry in list(os.scandir(folder)):
         path, is_folder = folder / entry.name, entry.is_dir()
         is_cycle = is_folder and entry.is_symlink() and Path(os.path.realpath(folder)).is_relative_to(path.resolve())
@@ -163,7 +163,7 @@ def _walk(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
 
 
 def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
-    """Return whether `_walk` would yield a file with these `names` in its path below the folder. True for no names."""
+    """Return whether `_walk` would yield a file with these `names` (folders, then file). No names count as a match."""
     return not names or any(_matches(names[1:], rest) for rest in _below(names[0], len(names) > 1, parts))
 
 
@@ -230,7 +230,7 @@ def _compute_checksum(file: FileInfo) -> str | None:
 
 
 def _find_remote(source: str) -> tuple[list[FileInfo], bool]:
-    """Return the files, and whether the source is a folder."""
+    """Return the files of a remote folder, glob or file, and whether `source` is a folder."""
     if "::" in source:
         raise UserError(f"'{source}' is a chain of URIs. Use the URI of the log itself.")
     system, path = file_system(source)
@@ -277,7 +277,7 @@ def file_system(uri: str) -> tuple[Any, str]:
 
 
 def _s3_defaults() -> dict[str, Any]:
-    """Return S3 options against botocore's retries of several minutes, none if the user has configured connections."""
+    """Return S3 options that end botocore's retries within a minute, {} if the user has configured connections."""
     has_config = any(conf.get(protocol, {}).get("config_kwargs") for protocol in ("s3", "s3a"))
     if has_config or {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
         return {}
@@ -286,7 +286,7 @@ def _s3_defaults() -> dict[str, Any]:
 
 
 class _RemoteFile:
-    """A remote file whose failed reads raise UserError. Other errors of a read then mean that the file is damaged."""
+    """A remote file that raises UserError if a read fails, so that other errors mean a damaged file."""
 
     def __init__(self, uri: str, handle: Any) -> None:
         self._uri, self._handle = uri, handle

@@ -40,7 +40,7 @@ from mmoe_rec.settings.schema import Schema
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive row groups of one file, with their number of rows and the columns in the file's path."""
+    """Consecutive row groups of one file (indices `groups`), their number of rows, and the file's path columns."""
 
     uri: str
     groups: tuple[int, ...]
@@ -55,7 +55,7 @@ class LogPart:
     Attributes:
         start: Number of the first row in the log.
         rows: Number of rows.
-        pieces: Row groups of the files with these rows.
+        pieces: Row groups that contain these rows, one piece for each file.
     """
 
     start: int
@@ -64,7 +64,7 @@ class LogPart:
 
 
 def _split_into_parts(files: Sequence[LogFile], rows_per_part: int) -> list[LogPart]:
-    """Cut files between row groups into parts of at least `rows_per_part` rows, except the last part."""
+    """Cut files between row groups into parts. All parts but the last have at least `rows_per_part` rows."""
     parts: list[LogPart] = []
     groups: list[tuple[LogFile, int]] = []
     start, rows = 0, 0
@@ -99,9 +99,9 @@ class LogReader:
         uses: Columns to read and how to read them. They include the user and time columns.
         max_time: Latest valid time, in microseconds since 1970 UTC. A later time is an error.
         events: Name of the event log, None for the interaction log.
-        time_overrides: Parquet file with columns `row` (ascending) and `time`, which replaces the time of these rows
-            (see `mmoe_rec.preprocessing.request_times`). None keeps all times.
-        excluded_rows: Parquet file with the column `row`, which lists rows to skip. None skips no rows.
+        time_overrides: Parquet file with the columns `row` (number in the log, ascending) and `time` (microseconds) of
+            rows whose time to replace (see `mmoe_rec.preprocessing.request_times`). None keeps all times.
+        excluded_rows: Parquet file with the numbers of rows to skip in column `row`. None skips no rows.
     """
 
     schema: Schema
@@ -118,7 +118,7 @@ class LogReader:
 
     @property
     def checks(self) -> list[ValueCheck]:
-        """Checks of the values in the columns that are read."""
+        """Checks of the values in the columns of `uses`."""
         if self.events is not None:
             return event_value_checks(self.time, self.max_time)
         return [check for check in log_value_checks(self.schema, self.max_time) if check.column in self.uses]
@@ -157,7 +157,7 @@ class LogReader:
                 yield counted
 
     def _checked(self, piece: Piece, spans: dict[str, tuple[int, int]] | None) -> Iterator[pa.Table]:
-        """Yield tables of canonical columns whose values passed all checks."""
+        """Yield tables of canonical columns whose values passed all checks, and update `spans` as in `read`."""
         checks = self.checks
         for start, table in read_piece(piece, self.uses, self.schema.columns.time_unit):
             rows = LogRows(table, self.schema)
@@ -178,7 +178,7 @@ class LogReader:
 
 
 def find_bad_file(task: tuple[LogReader, Piece]) -> BadFile | None:
-    """Read row groups to their end and return the file's error, if any. `task` is from `Log.pieces`."""
+    """Read all row groups of a `task` from `Log.pieces`, and return the file's error, None without errors."""
     reader, piece = task
     try:
         for _ in reader.read(LogPart(0, piece.rows, (piece,))):
@@ -189,7 +189,7 @@ def find_bad_file(task: tuple[LogReader, Piece]) -> BadFile | None:
 
 
 def _read_columns(path: Path | None, part: LogPart, *names: str) -> list[np.ndarray]:
-    """Read columns of a Parquet file for the rows of a part. Without a file, return empty columns."""
+    """Read columns of a Parquet file for the row numbers of a part. Without a file, return empty columns."""
     if path is None:
         return [np.empty(0, np.int64) for _ in names]
     filters = [("row", ">=", part.start), ("row", "<", part.start + part.rows)]
@@ -199,7 +199,7 @@ def _read_columns(path: Path | None, part: LogPart, *names: str) -> list[np.ndar
 def event_rows(table: pa.Table, schema: Schema, name: str) -> LogRows:
     """Convert events to rows as in an interaction log, so that counters and histories read both in the same way.
 
-    The request time of a row is the time of the event. Its label of the task `EVENT_TASK` is 1.
+    The request time of a row is the time of the event. The row's label of the task `EVENT_TASK` is 1.
 
     Args:
         table: Columns of the events, with the Arrow types of `mmoe_rec.log.columns`. Only the time is required. Of the
@@ -215,11 +215,11 @@ def event_rows(table: pa.Table, schema: Schema, name: str) -> LogRows:
 
 
 class Log:
-    """The files of an interaction log.
+    """Files of an interaction log, or of an event log (subclass `EventLogFiles`).
 
     Attributes:
         name: Name of an event log, None for the interaction log.
-        found_files: All files of the log by URI, usable or not.
+        found_files: Files that existed when the log was opened, by URI, usable or not.
         files: Usable files.
         types: Canonical types of the columns.
         skipped: Unusable files, with the reasons.
@@ -244,9 +244,9 @@ class Log:
             source: A folder of Parquet files, one file or a glob, as a local path or an fsspec URI.
             schema: Schema of the log.
             skip_bad_files: Whether to list unusable files in `skipped` instead of raising an error.
-            types: Names of the required types of columns. The default is the type in most files.
-            max_time: Latest valid time, in microseconds since 1970 UTC (default: a day from now). A later request is
-                an error.
+            types: Column -> name of the required type, by default the type in most files.
+            max_time: Latest valid time, in microseconds since 1970 UTC (default: a day from now). Reading a later
+                request raises BadFile.
             extra_columns: Additional columns that all files must have, and how to read them.
 
         Raises:
@@ -273,11 +273,11 @@ class Log:
         return sum(file.rows for file in self.files)
 
     def parts(self, rows_per_part: int = ROWS_PER_PART) -> list[LogPart]:
-        """Return parts of at least `rows_per_part` rows (except the last), cut between row groups."""
+        """Return parts, cut between row groups. All parts but the last have at least `rows_per_part` rows."""
         return _split_into_parts(self.files, rows_per_part)
 
     def stream(self) -> Iterator[LogRows]:
-        """Yield all rows in order, in batches of the reader."""
+        """Yield all rows in order, in batches of at most `READ_BATCH_ROWS` rows."""
         for part in self.parts():
             yield from self.reader.read(part)
 
@@ -289,11 +289,11 @@ class Log:
                 raise _changed(file.uri)
 
     def pieces(self, reader: LogReader | None = None) -> list[tuple[LogReader, Piece]]:
-        """Return an argument of `find_bad_file` for each piece of each file, with `reader` or else the log's reader."""
+        """Return all pieces as arguments of `find_bad_file`, each with `reader` or else the log's reader."""
         return [(reader or self.reader, piece) for part in self.parts() for piece in part.pieces]
 
     def without_bad_files(self, faults: Iterable[BadFile | None]) -> Self:
-        """Return a copy of the log without the files in `faults`. Column types stay the same."""
+        """Return a copy of the log that skips the files in `faults`. Column types stay the same."""
         bad = {fault.uri: str(fault) for fault in reversed(list(faults)) if fault is not None}
         fewer = self.without_files(bad)
         newly_skipped = [SkippedFile(f.uri, f.bytes, f.version, bad[f.uri]) for f in self.files if f.uri in bad]
@@ -319,13 +319,13 @@ class EventLogFiles(Log):
 
         Args:
             name: Name of the event log.
-            log: Interaction log, which sets the `max_time` and the types of shared key columns.
+            log: Interaction log, which sets `max_time` and the types of columns that both logs have.
             skip_bad_files: Whether to list unusable files in `skipped` instead of raising an error.
-            types: Names of the required types of columns. The default is the type in most files.
+            types: Column -> name of the required type, by default the type in most files.
 
         Raises:
             BadFile: A file is unreadable, lacks a column or has an unexpected type.
-            UserError: There is no usable file, or a key column has another type in the interaction log.
+            UserError: There is no usable file, or a column has another type in the interaction log.
         """
         self.name, self.schema, self.max_time = name, log.schema, log.max_time
         self.uses, self.source = event_column_uses(self.schema, name), self.schema.events[name].path
@@ -350,7 +350,7 @@ def no_usable_files_error(source: str, skipped: Sequence[SkippedFile]) -> UserEr
 
 
 def read_piece(piece: Piece, uses: dict[str, ColumnUse], time_unit: str | None) -> Iterator[tuple[int, pa.Table]]:
-    """Yield batches in canonical types, with the number of the batch's first row within the file.
+    """Yield batches in canonical types, each after the number of its first row within the file.
 
     Args:
         piece: Row groups to read.
@@ -358,7 +358,7 @@ def read_piece(piece: Piece, uses: dict[str, ColumnUse], time_unit: str | None) 
         time_unit: Unit of integer times, None if times are timestamps.
 
     Raises:
-        BadFile: The file is damaged, changed or contains invalid values.
+        BadFile: The file is damaged, has changed, or has values that can't be converted.
     """
     uri, path_columns = piece.uri, dict(piece.path_columns)
     in_file = [column for column in uses if column not in path_columns]

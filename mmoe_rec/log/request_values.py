@@ -36,7 +36,7 @@ _WANTED_USE = {**EXPECTED, "time": "times (ISO 8601 strings or integers)"}
 def to_python_list(values: Any) -> Any:
     """Convert an Arrow array, a pandas Series or a numpy array to a list. Return other `values` unchanged.
 
-    Missing values of pandas become None. NaN in a numpy array stays NaN, as in a list.
+    Missing values of pandas become None. NaN in a numpy array stays NaN.
     """
     if isinstance(values, pa.Array | pa.ChunkedArray):
         return values.to_pylist()
@@ -70,7 +70,7 @@ def to_arrow(
 ) -> pa.Array:
     """Convert values to an Arrow array of the column's canonical type, or of the null type if all values are null.
 
-    With `log_type`, every value is accepted or rejected on its own. Without it, all values must have one common type.
+    With `log_type`, each value must fit this type. Without `log_type`, all values must have one common type.
 
     Args:
         column: Name of the column, for messages.
@@ -81,7 +81,7 @@ def to_arrow(
         allow_booleans: Whether to accept true and false as 1 and 0.
 
     Raises:
-        RequestError: A value has another type. The error names the column, the expected type and the value's type.
+        RequestError: A value has another type, or is NaN, infinite or out of range. The error names the column.
     """
     if use == "time":
         return pa.array([_microseconds_or_none(column, value, time_unit) for value in values], UTC_MICROSECONDS)
@@ -111,7 +111,7 @@ def to_arrow(
 
 
 def _types(values: Sequence[Any]) -> set[type]:
-    """Return the types of values and of the elements of lists."""
+    """Return the types of `values` and, if values are lists, of their elements."""
     types = set(map(type, values))
     if list in types:
         types |= set(map(type, chain.from_iterable(value for value in values if isinstance(value, list))))
@@ -119,14 +119,14 @@ def _types(values: Sequence[Any]) -> set[type]:
 
 
 def _convert(value: Any, kind: type[int | float]) -> Any:
-    """Convert a value, or the elements of a list. If `kind` is float, convert numbers. If it is int, only booleans."""
+    """Convert a value, or the elements of a list. The kind float converts all numbers, the kind int only booleans."""
     if isinstance(value, list):
         return [_convert(element, kind) for element in value]
     return kind(value) if value is not None and (kind is float or isinstance(value, bool)) else value
 
 
 def find_duplicate(names: Iterable[Any]) -> str | None:
-    """Return a name that occurs twice in `names`, or None."""
+    """Return a name that occurs more than once in `names` (compared as strings), or None."""
     return next((name for name, count in Counter(map(str, names)).items() if count > 1), None)
 
 
@@ -159,7 +159,7 @@ def _kind(value: Any) -> str:
 
 
 def _check_finite(column: str, array: pa.Array) -> None:
-    """Raise RequestError for NaN or infinity in a column, and for null within a vector."""
+    """Raise RequestError for NaN or infinity in a column, and for null within a list of floats."""
     numbers = array.flatten() if pt.is_list(array.type) else array
     if pt.is_floating(numbers.type) and not np.isfinite(numbers.drop_null().to_numpy(zero_copy_only=False)).all():
         raise RequestError(f"column '{column}' holds NaN or infinity. Use null for a missing number.")

@@ -1,8 +1,8 @@
 """Rows of a log, or of requests, in canonical types, with caches for repeated reads by features.
 
 A task with `conditional_on` has two labels. Its own label is observed only in rows where the label of the
-`conditional_on` task is 1. Its joint outcome (engaged and satisfied, as in ESMM: Ma et al., SIGIR 2018) is observed in
-all rows, and is 0 without engagement.
+`conditional_on` task is 1. Its joint outcome (both labels are 1, as in ESMM: Ma et al., SIGIR 2018) is observed in all
+rows, and is 0 if the label of the `conditional_on` task is 0.
 
 Rows of a plain table get substitutes for missing columns, so that code that reads rows needs no special case. The user
 is the request or the row number, the candidate is the row number, and the time is the index of the row's split in
@@ -49,7 +49,7 @@ class LogRows:
         Args:
             table: Canonical columns. Strings may be dictionary-coded.
             schema: Schema of the log.
-            results: Precomputed values of counters and histories for these rows, by name.
+            results: Precomputed values of counters and histories for these rows, by name of the result.
             row_numbers: Number of each row in its log, (N,) int64. None for rows that are not from a log.
         """
         self.table = table
@@ -73,14 +73,14 @@ class LogRows:
         return self._row_numbers
 
     def filter(self, mask: np.ndarray) -> "LogRows":
-        """Return the rows where `mask`, (N,) bool, is true."""
+        """Return the rows where `mask`, (N,) bool, is true, without `results` unless all rows are kept."""
         if mask.all():
             return self
         numbers = None if self._row_numbers is None else self._row_numbers[mask]
         return LogRows(self.table.filter(pa.array(mask)), self.schema, row_numbers=numbers)
 
     def iter_batches(self, rows: int) -> "Iterator[LogRows]":
-        """Yield batches of at most `rows` rows, with their results."""
+        """Yield batches of at most `rows` rows, with their part of `results`."""
         if 0 < len(self) <= rows:
             yield self
             return
@@ -91,7 +91,7 @@ class LogRows:
             yield LogRows(self.table.slice(start, rows), self.schema, results, numbers)
 
     def with_times(self, times: np.ndarray) -> "LogRows":
-        """Return a copy with new request `times`, (N,) int64 microseconds since 1970 UTC."""
+        """Return a copy without `results`, with new request `times`, (N,) int64 microseconds since 1970 UTC."""
         name = self.schema.columns.time
         column = pa.array(times).cast(UTC_MICROSECONDS)
         table = self.table.set_column(self.table.column_names.index(name), name, column)
@@ -127,7 +127,7 @@ class LogRows:
             raise UserError(f"column '{name}' {error}") from None
 
     def hashes(self, names: Sequence[str]) -> np.ndarray:
-        """Return (N,) uint64 hashes of the combination of the columns `names`."""
+        """Return a hash of the values of columns `names` in each row, (N,) uint64."""
         key = tuple(names)
         if key not in self._hashes:
             parts = [self.hashes([name]) for name in names] if len(key) > 1 else [self.apply(names[0], hash_column)]
@@ -198,14 +198,14 @@ class LogRows:
 
 
 class CachedColumn:
-    """A constant column of S values that caches the results of elementwise functions."""
+    """A column whose values never change, which caches the results of elementwise functions."""
 
     def __init__(self, values: pa.Array) -> None:
         self.values = values
         self._cache: dict[ColumnFunction, np.ndarray] = {}
 
     def apply(self, function: ColumnFunction, indices: np.ndarray) -> np.ndarray:
-        """Return an elementwise function's results for selected values, shape (N,).
+        """Return an elementwise function's results for N selected values, shape (N,).
 
         Args:
             function: Elementwise function.
@@ -223,8 +223,8 @@ class CachedValues:
     Attributes:
         column: Stored values.
         indices: Index of each value in the column, (N,) int64. -1 stands for null or for the value in `fallback`.
-        fallback: All N values. None if index -1 stands for null.
-        seen: Whether each value has occurred in the log or in events, (N,) bool. None if `column` has all such values.
+        fallback: All N values, also where the index is not -1. None if index -1 stands for null.
+        seen: Whether each value with index -1 has occurred in later events, (N,) bool. None if no value has.
     """
 
     column: CachedColumn
@@ -234,7 +234,7 @@ class CachedValues:
 
     @property
     def unseen(self) -> np.ndarray:
-        """Whether each value is unseen, (N,) bool."""
+        """Whether each value has occurred neither in `column` nor in later events, (N,) bool."""
         return self.indices < 0 if self.seen is None else (self.indices < 0) & ~self.seen
 
     def array(self) -> pa.Array:
@@ -297,12 +297,12 @@ class ServingRows(LogRows):
 
 
 class RequestRows(ServingRows):
-    """N candidates of R requests. Columns of user and context are stored once a request and repeated on demand."""
+    """N candidates of R requests. Columns of user and context are stored once per request, and repeated on demand."""
 
     def __init__(
         self, shared: ServingRows, columns: Mapping[str, pa.Array | CachedValues], request_index: np.ndarray
     ) -> None:
-        """Join requests and candidates.
+        """Store the columns of requests and candidates.
 
         Args:
             shared: R rows with the columns of user and context.
@@ -365,7 +365,7 @@ def _numbers(column: pa.Array) -> np.ndarray:
 
 
 def label_delay(task: Task, schema: Schema) -> int:
-    """Return the microseconds from a request until a task's label, and that of its `conditional_on` task, are final.
+    """Return the microseconds from a request until the labels of a task and of its `conditional_on` task are final.
 
     Args:
         task: Task of the schema.
@@ -385,7 +385,7 @@ def _equals(column: pa.Array, name: str, value: bool | int | float | str) -> np.
 
 
 def _check_same_type(column: pa.Array, name: str, setting: str, value: bool | int | float | str) -> None:
-    """Raise UserError if a setting compares text with a number."""
+    """Raise UserError if `setting` compares a text column with a number, or a numeric column with text."""
     if (is_text := pt.is_string(column.type)) != isinstance(value, str):
         content, write = ("text", "in quotes") if is_text else ("numbers", "without quotes")
         problem = f"column '{name}' holds {content}, but {setting} compares it with {value!r}"
@@ -396,10 +396,10 @@ _FOREVER = np.iinfo(np.int64).max
 
 
 def compute_labels(rows: LogRows, label_cutoff: int) -> dict[str, np.ndarray]:
-    """Return labels by task or joint outcome, (N,) float64, with NaN for unobserved labels.
+    """Return labels by name of task or joint outcome (`joint_task_name`), (N,) float64, with NaN for unobserved labels.
 
-    A joint outcome is unobserved until the satisfaction label is final, even without engagement. Otherwise recent rows
-    would contribute zeros before ones, and satisfaction would seem too low.
+    A joint outcome is unobserved until both labels are final, even if the `conditional_on` label is already 0.
+    Otherwise recent rows would contribute zeros before ones, and the outcome would seem too rare.
 
     Args:
         rows: N rows.
@@ -417,11 +417,11 @@ def compute_labels(rows: LogRows, label_cutoff: int) -> dict[str, np.ndarray]:
 
 
 def pending_labels(rows: LogRows, label_cutoff: int) -> dict[str, int]:
-    """Return each task's number of labels in the log that were not final at a time.
+    """Return the number of labels that `rows` have but that were not final at `label_cutoff`, by task.
 
     Args:
         rows: Rows of the log.
-        label_cutoff: The time, in microseconds since 1970 UTC.
+        label_cutoff: Time in microseconds since 1970 UTC.
     """
     counts = {}
     for name, task in rows.schema.tasks.items():
@@ -431,7 +431,7 @@ def pending_labels(rows: LogRows, label_cutoff: int) -> dict[str, int]:
 
 
 def add_missing_times(table: pa.Table, schema: Schema) -> pa.Table:
-    """Add the substitute time column if the log has no times.
+    """Add a substitute time column (index of the split) if the log has no times.
 
     Args:
         table: Canonical columns.
@@ -445,7 +445,7 @@ def add_missing_times(table: pa.Table, schema: Schema) -> pa.Table:
 
 
 def add_missing_ids(table: pa.Table, schema: Schema, first_row: int) -> pa.Table:
-    """Add substitute user and candidate columns if the log has none.
+    """Add substitute user and candidate columns if the log has none (request or row number, and row number).
 
     Args:
         table: Canonical columns.
@@ -475,7 +475,7 @@ def reject_plain_table(schema: Schema, operation: str) -> None:
 
 
 def split_indices(column: pa.ChunkedArray | pa.Array, split: SplitColumn) -> np.ndarray:
-    """Return the index of each row's split in `SPLITS`, (N,) int64. It is -1 for values that the settings don't list.
+    """Return the index of each row's split in `SPLITS`, (N,) int64, -1 for values that the settings don't list.
 
     Args:
         column: Values of the split column.

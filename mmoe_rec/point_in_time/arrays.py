@@ -9,12 +9,12 @@ import pyarrow as pa
 
 
 def one_array(column: pa.ChunkedArray) -> pa.Array:
-    """Return a `column` as one array. Unlike pyarrow's `combine_chunks`, don't copy a single chunk."""
+    """Return a chunked `column` as one array. Unlike pyarrow's `combine_chunks`, don't copy a single chunk."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def concat_tables(tables: Sequence[pa.Table]) -> pa.Table:
-    """Concatenate one or more `tables`."""
+    """Concatenate one or more `tables`. Types may differ, as with pyarrow's `promote_options="permissive"`."""
     return pa.concat_tables(tables, promote_options="permissive").combine_chunks() if len(tables) > 1 else tables[0]
 
 
@@ -49,7 +49,7 @@ def fill_nulls(array: pa.Array, value: object) -> pa.Array:
 
 @dataclass(frozen=True)
 class Ragged:
-    """Lists of ids, one list per row.
+    """Lists of ids, one list for each of N rows.
 
     Attributes:
         values: (sum of lengths,) int64 ids of all lists.
@@ -61,7 +61,7 @@ class Ragged:
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """Bounds of the lists, shape (N + 1,), int64. Row i has `values[offsets[i] : offsets[i + 1]]`."""
+        """Bounds of the lists in `values`, shape (N + 1,), int64. Row i has `values[offsets[i] : offsets[i + 1]]`."""
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths, dtype=np.int64)])
 
     def slice(self, start: int, stop: int) -> "Ragged":
@@ -74,7 +74,7 @@ class Ragged:
         return Ragged(self.values[self.offsets[start] : self.offsets[stop]], self.lengths[start:stop])
 
     def take(self, rows: np.ndarray) -> "Ragged":
-        """Return the lists at the indices `rows`, as copies."""
+        """Return copies of the lists of the rows with the indices `rows`, in this order."""
         lengths = self.lengths.take(rows)
         return Ragged(self.values.take(concat_ranges(self.offsets.take(rows), lengths)), lengths)
 
@@ -101,32 +101,32 @@ def concat_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class DedupedRagged:
-    """Lists of ids, one list per row. Rows can share a stored list.
+    """Lists of ids, one list for each of N rows. Rows with the same ids can share a stored list.
 
     Attributes:
         lists: Stored lists.
-        inverse: (N,) int64 index of the list of each row.
+        inverse: (N,) int64 index in `lists` of each row's list.
     """
 
     lists: Ragged
     inverse: np.ndarray
 
     def take(self, rows: np.ndarray | slice) -> "DedupedRagged":
-        """Return the lists of `rows`, which are indices or a slice."""
+        """Return the lists of `rows`, which are indices or a slice, without copying stored lists."""
         return DedupedRagged(self.lists, self.inverse[rows])
 
     def expand(self) -> Ragged:
-        """Return one list per row."""
+        """Return a copy with a separate list for each row."""
         return self.lists.take(self.inverse)
 
     @staticmethod
     def concat(parts: "Sequence[DedupedRagged]") -> "DedupedRagged":
-        """Concatenate one or more `parts`."""
+        """Concatenate the rows of one or more `parts`."""
         firsts = np.cumsum([0, *(len(part.lists.lengths) for part in parts)])[:-1]
         lists = concat_ragged([part.lists for part in parts])
         return DedupedRagged(lists, np.concatenate([p.inverse + first for p, first in zip(parts, firsts, strict=True)]))
 
 
 def concat_ragged(parts: Sequence[Ragged]) -> Ragged:
-    """Concatenate one or more `parts`."""
+    """Concatenate the rows of one or more `parts`."""
     return Ragged(np.concatenate([part.values for part in parts]), np.concatenate([part.lengths for part in parts]))

@@ -47,14 +47,14 @@ def in_any_window(times: np.ndarray, windows: Iterable[Window]) -> np.ndarray:
 
 
 def find_keys(keys: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Search sorted keys for queries.
+    """Find queries in sorted keys.
 
     Args:
         keys: (G,) distinct ascending uint64 keys.
         queries: (N,) uint64 queries.
 
     Returns:
-        Ascending indices of the K queries that are keys, and their indices in `keys`, both (K,) int64.
+        Ascending indices of the K queries that occur in `keys`, and the indices of these keys, both (K,) int64.
     """
     if not len(keys):
         return np.empty(0, np.int64), np.empty(0, np.int64)
@@ -80,7 +80,7 @@ class SortedEvents:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """Index of the first event of each of the G groups, then the number of events, shape (G + 1,), int64."""
+        """Index of the first event of each of the G groups, followed by the number E, shape (G + 1,), int64."""
         return np.append(np.flatnonzero(self._starts_group), len(self.key)).astype(np.int64)
 
     @cached_property
@@ -105,11 +105,11 @@ class SortedEvents:
 
 @dataclass(frozen=True)
 class Lookups:
-    """D lookups of N rows, either distinct and sorted by key and time, or one per row.
+    """D lookups for N rows, either distinct and sorted by key and time, or one per row (D = N).
 
     Attributes:
-        key: (D,) uint64 keys.
-        time: (D,) int64 microseconds.
+        key: (D,) uint64 hashes of keys, such as a user.
+        time: (D,) int64 microseconds. A lookup finds events that were available at this time.
         inverse: (N,) int64 index of each row's lookup.
         is_sorted: Whether the lookups are distinct and sorted.
     """
@@ -150,7 +150,7 @@ class Lookups:
         Args:
             keys: (N,) uint64 keys.
             times: (N,) int64 microseconds.
-            order: (N,) int64 original index of each row.
+            order: (N,) int64 index of each sorted row in the original order, which `inverse` follows.
         """
         first = np.append(len(keys) > 0, (keys[1:] != keys[:-1]) | (times[1:] != times[:-1]))
         inverse = np.empty(len(keys), np.int64)
@@ -159,7 +159,7 @@ class Lookups:
         return Lookups(keys[kept], times[kept], inverse)
 
     def select_rows(self, selected: np.ndarray) -> "Lookups":
-        """Return the sorted lookups of the rows where the (N,) bool mask `selected` is true."""
+        """Return the lookups, which must be sorted, of only the rows where the (N,) bool mask `selected` is true."""
         inverse = self.inverse[selected]
         is_used = np.zeros(len(self), bool)
         is_used[inverse] = True
@@ -167,7 +167,7 @@ class Lookups:
         return Lookups(self.key[kept], self.time[kept], (np.cumsum(is_used) - 1)[inverse])
 
     def clamp_times(self, min_time: int | None) -> "Lookups":
-        """Return the lookups with times before `min_time` (microseconds) raised to `min_time`."""
+        """Return the lookups with times before `min_time` (microseconds, None for no change) raised to `min_time`."""
         if min_time is None or not len(self) or self.time.min() >= min_time:
             return self
         return replace(self, time=np.maximum(self.time, min_time))
@@ -175,26 +175,26 @@ class Lookups:
 
 @dataclass(frozen=True, eq=False)
 class SearchJoin:
-    """A join of E events with D lookups by binary search. It is fast for few lookups, such as those of a request."""
+    """A join of E events with D lookups by binary search. It is fast for few lookups, such as one request."""
 
     events: SortedEvents
     lookups: Lookups
 
     @cached_property
     def _groups(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ascending indices of the lookups whose keys have events, and the groups of these keys."""
+        """Ascending indices of the lookups whose keys have events, and the index of each such key's group."""
         return find_keys(self.events.unique_keys, self.lookups.key)
 
     @cached_property
     def first(self) -> np.ndarray:
-        """Index of the first event with each lookup's key, the number of events if there is none, shape (D,), int64."""
+        """Index of the first event with each lookup's key, E if no event has this key, shape (D,), int64."""
         first = np.full(len(self.lookups), len(self.events))
         rows, group = self._groups
         first[rows] = self.events.starts[group]
         return first
 
     def last(self, lag_us: int = 0) -> np.ndarray:
-        """Return the index of the last event that was available `lag_us` microseconds before each lookup, or -1."""
+        """Return the (D,) indices of the last event of each lookup's key, `lag_us` microseconds before it, or -1."""
         last = np.full(len(self.lookups), -1, np.int64)
         rows, group = self._groups
         if len(rows):
@@ -202,7 +202,7 @@ class SearchJoin:
         return last
 
     def _last(self, group: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """Return the index of the last event of each group that was available at a time, or -1."""
+        """Return the index of the last event of each `group` that was available at its time in `times`, or -1."""
         available_at, first = self.events.available_at, self.events.starts[group]
         last = self.events.starts[group + 1] - 1
         # Most requests are later than all events of their keys, so only the remaining requests need a search.
@@ -220,17 +220,17 @@ class SearchJoin:
 
 
 class MergeJoin(SearchJoin):
-    """A join that sorts events and lookups together. It is fast for many sorted lookups, such as those of a log."""
+    """A join that sorts events and lookups together. It is fast for many sorted lookups, such as a whole log."""
 
     @cached_property
     def _span(self) -> tuple[int, int]:
-        """A time just before all events, and the number of microseconds from there to the last event, inclusive."""
+        """Time 1 microsecond before the first event, and the microseconds from there to the last event, inclusive."""
         first, last = int(self.events.available_at.min()), int(self.events.available_at.max())
         return first - 1, last - first + 2
 
     @cached_property
     def _event_ranks(self) -> np.ndarray:
-        """One integer for each event. The integers ascend by key, then by time."""
+        """One integer for each event, ascending by key, then by time, to sort lookups among the events."""
         origin, span = self._span
         return self.events.available_at - origin + self.events.group_ids * span
 
@@ -251,7 +251,7 @@ def availability_times(times: np.ndarray, label_delay_us: int) -> np.ndarray:
 
     Args:
         times: (N,) int64 request times in microseconds.
-        label_delay_us: Microseconds until a label matures.
+        label_delay_us: Microseconds from the request until a label is final.
     """
     return times + max(1, label_delay_us)
 
@@ -267,8 +267,8 @@ class EventStore(ABC):
 
     Attributes:
         events: Sorted events.
-        compacted_at: Time of the last compaction in microseconds, None without compaction. Compaction drops earlier
-            states, so a lookup at an earlier time returns the results at `compacted_at`.
+        compacted_at: Time of the last compaction in microseconds, None without compaction. Compaction drops events that
+            only earlier lookups need, so a lookup at an earlier time returns the results at `compacted_at`.
         levels: Stores of events that a server added later, largest first (see `add_level`).
     """
 
@@ -280,12 +280,12 @@ class EventStore(ABC):
         return len(self.events)
 
     def join(self, lookups: Lookups) -> SearchJoin:
-        """Join the events with `lookups` by the faster kind of join."""
+        """Join `events` (without `levels`) with `lookups` by the faster kind of join."""
         few = len(lookups) * _EVENTS_PER_SEARCH < len(self.events)
         return SearchJoin(self.events, lookups) if few or not lookups.is_sorted else MergeJoin(self.events, lookups)
 
     def with_levels(self, levels: Sequence[Self]) -> Self:
-        """Return a copy with other `levels`. Copies share the arrays that lookups search."""
+        """Return a copy with other `levels`. It shares the events with this store."""
         for level in (self, *levels):
             _ = level.events.unique_keys
         store = copy(self)
@@ -302,7 +302,7 @@ class EventStore(ABC):
 
     @abstractmethod
     def with_columns(self, columns: Mapping[str, np.ndarray], compacted_at: int | None) -> Self:
-        """Return a store with the same options and other events.
+        """Return a store with other events and the options of this store, without levels.
 
         Args:
             columns: Columns of the events, as from `to_columns`.
@@ -318,7 +318,7 @@ def take_or_default(values: np.ndarray, index: np.ndarray, default: int) -> np.n
 
     Args:
         values: (E,) values.
-        index: (N,) indices.
+        index: (N,) indices from 0 to E - 1, or -1.
         default: Value for index -1.
     """
     if not len(values):
@@ -332,23 +332,23 @@ def take_or_default(values: np.ndarray, index: np.ndarray, default: int) -> np.n
     return taken
 
 
-# Sizes of a log-structured merge tree (see `add_level`). Its levels are sets of events, the largest first.
+# Maximum number of levels in a log-structured merge tree (see `add_level`). A level is a set of events.
 MAX_LEVELS = 3
-# A level can grow to this number of events, whatever the size of the next larger level.
+# A level with fewer events is merged only if the next larger level is no larger, or if there are too many levels.
 MIN_LEVEL_SIZE = 32_768
 _GROWTH = 16
-# If the largest level has at least this many events, one more level is allowed.
+# If the largest level has fewer events, only MAX_LEVELS - 1 levels are allowed.
 _LARGE_LEVEL_SIZE = 32 * MIN_LEVEL_SIZE
 _Level = TypeVar("_Level", bound=Sized)
 
 
 def add_level(levels: Sequence[_Level], new: _Level, merged: Callable[[_Level, _Level], _Level]) -> tuple[_Level, ...]:
-    """Add a level and merge the levels that became too large (log-structured merge tree).
+    """Add a level, and merge small levels into larger levels if necessary (log-structured merge tree).
 
     Args:
         levels: Levels, largest first.
         new: Level to add.
-        merged: Function that merges a larger and a smaller level.
+        merged: Function that merges a larger and a smaller level, given in this order.
 
     Returns:
         Levels, largest first.
@@ -361,7 +361,7 @@ def add_level(levels: Sequence[_Level], new: _Level, merged: Callable[[_Level, _
 
 
 def _must_merge(sizes: Sequence[int]) -> bool:
-    """Return whether the last level must be merged into the level before it, given the sizes of all levels."""
+    """Return whether the last level must be merged into the level before it, given all sizes, largest first."""
     largest, larger, small = sizes[0], *sizes[-2:]
     max_levels = MAX_LEVELS if largest >= _LARGE_LEVEL_SIZE else MAX_LEVELS - 1
     max_size = MIN_LEVEL_SIZE if len(sizes) == max_levels else MIN_LEVEL_SIZE * _GROWTH

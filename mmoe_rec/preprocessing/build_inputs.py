@@ -58,7 +58,7 @@ class BuildOptions:
 
     @property
     def max_time(self) -> int | None:
-        """Latest valid time of the log, in microseconds. None stands for the current time."""
+        """Latest valid time of a row, in microseconds. None stands for a day after the log is opened."""
         return None if self.on_future_times == "error" else _NEVER
 
 
@@ -85,7 +85,7 @@ class BuildInputs:
 
     @staticmethod
     def of(settings: Settings) -> "BuildInputs":
-        """Return the inputs that the settings name."""
+        """Return the inputs of a build with these settings."""
         data = settings.data
         return BuildInputs(
             data.log, settings.schema_, settings.split.windows(), Path(data.work_dir), BuildOptions.of(data)
@@ -93,7 +93,7 @@ class BuildInputs:
 
     @cached_property
     def logs(self) -> "Logs":
-        """Logs, whose files are listed at the first access."""
+        """Interaction log and event logs. Their files are listed and checked at the first access."""
         return Logs(self.source, self.schema, self.options)
 
 
@@ -146,7 +146,8 @@ class Logs:
             source: URI of the interaction log.
             schema: Schema of the logs.
             options: Options of the build.
-            types: Column types of the interaction log and then of each event log. None infers the types.
+            types: Column -> type name, for the interaction log and then for each event log. Files must have these
+                types. None infers the types.
             extra_columns: Additional columns of the interaction log, as in `Log`.
         """
         self.schema, self.options = schema, options
@@ -171,7 +172,7 @@ class Logs:
         return sum(log.rows for log in self.all)
 
     def without_bad_files(self, faults: Sequence[BadFile | None]) -> "Logs":
-        """Return the logs without the files that have the given faults.
+        """Return the logs without the bad files in `faults`, which become skipped files.
 
         Raises:
             UserError: The interaction log has no usable file.
@@ -193,7 +194,7 @@ class Logs:
         return changed
 
     def without_files(self, excluded: Sequence[Collection[str]]) -> "Logs":
-        """Return the logs without the excluded files (URIs for each log of `all`).
+        """Return the logs without the `excluded` URIs, one collection for each log of `all`.
 
         Raises:
             UserError: The remaining files have no rows.
@@ -205,10 +206,10 @@ class Logs:
 
 
 def adapt_schema(settings: Settings, schema: Schema) -> Schema:
-    """Return a model's schema, adapted to the logs of the settings.
+    """Return a model's schema with the event logs and the columns of sampling rate, weight and split of the settings.
 
     Args:
-        settings: Settings with event logs, sampling rates, weights and splits.
+        settings: Settings of the logs to read.
         schema: Schema of the model.
     """
     events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
@@ -220,17 +221,17 @@ def adapt_schema(settings: Settings, schema: Schema) -> Schema:
 def open_model_logs(
     settings: Settings, pipeline: FeaturePipeline, types: Sequence[Mapping[str, str]] | None = None
 ) -> Logs:
-    """Open the logs of the settings for the features of a model.
+    """Open the logs that the settings name, to compute a model's features from them.
 
     The model may have been trained on other logs, with other sampling rates, weights and splits.
 
     Args:
         settings: Settings with the logs.
         pipeline: Feature pipeline of the model.
-        types: Column types of each log. None uses the types of the model's keys.
+        types: Column types, as in `Logs`. None requires only the types of the model's key columns.
 
     Raises:
-        UserError: Only one of the two logs has times.
+        UserError: The log has times and the model's training log had none, or the other way round.
     """
     schema = pipeline.schema
     if schema.columns.has_time != settings.columns.has_time:
@@ -245,24 +246,24 @@ def open_model_logs(
 
 
 def key_types(pipeline: FeaturePipeline, schema: Schema) -> list[dict[str, str]]:
-    """Return the types of a model's key columns, for the interaction log and then for each event log.
+    """Return the type name of each key column of a model, for the interaction log and then for each event log.
 
     Args:
         pipeline: Feature pipeline of the model.
         schema: Schema with the event logs.
     """
     types = pipeline.key_types
-    # The time column of an event log may have the name of a key of the interaction log.
+    # Leave out the time column of an event log. The interaction log may have a key column of the same name.
     return [types, *({n: kind for n, kind in types.items() if n != event.time} for event in schema.events.values())]
 
 
 def _identify(file: "LogFile | IncludedFile", checksum: str | None) -> tuple[Any, ...]:
-    """Return the identity of a file: its checksum and the columns in its path, or the URI of a file without rows."""
+    """Return a file's size, checksum and path columns. The URI replaces the checksum if it or the rows are missing."""
     return file.bytes, checksum if checksum and file.rows else file.uri, file.path_columns
 
 
 def _find_copies(files: Sequence[LogFile]) -> dict[str, str]:
-    """Map the URI of each duplicate file to an earlier file with the same bytes and path columns."""
+    """Map the URI of each duplicate file to the URI of the first file with the same bytes and path columns."""
     first = dict[tuple[Any, ...], str]()
     sums = compute_checksums(files).items()
     originals = {file.uri: first.setdefault(_identify(file, checksum), file.uri) for file, checksum in sums}
@@ -270,7 +271,7 @@ def _find_copies(files: Sequence[LogFile]) -> dict[str, str]:
 
 
 def say_copies(copies: Sequence[Mapping[str, str]]) -> None:
-    """Report the skipped duplicate files. `copies` maps a file to its original, for each log."""
+    """Print the number of skipped duplicate files. `copies` maps URIs of duplicates to originals, for each log."""
     if pairs := [pair for log_copies in copies for pair in log_copies.items()]:
         such_as = f"such as '{pairs[0][0]}' (same as '{pairs[0][1]}')"
         say(f"skipped {len(pairs):,} duplicate files (same content), {such_as}")
@@ -308,7 +309,7 @@ class IncludedLog:
     Attributes:
         files: Included files by URI.
         skipped: Skipped files by URI.
-        types: Name of each column's type.
+        types: Column -> name of its type, such as "int64".
     """
 
     files: dict[str, IncludedFile] = field(default_factory=dict)
@@ -330,14 +331,14 @@ class IncludedLog:
 
 @dataclass
 class FileChanges:
-    """Changes of one log's files since they were included.
+    """Changes of one log's files since they were included. Strings are URIs.
 
     Attributes:
-        included: Files that were included before, with their current URIs and modification times.
-        copies: URI of each duplicate file -> URI of the included file with the same bytes.
+        included: Record of the included files. A file that was moved or touched has its current URI and version.
+        copies: Duplicate file -> included or new file with the same bytes.
         missing: Included files that no longer exist.
-        changed: Included files that have changed.
-        new: Files to read.
+        changed: Included files that have changed or can't be used any more.
+        new: Usable files that are not included yet.
         skipped: Files that were skipped before and have not changed.
         bad: New files that can't be used.
     """
@@ -396,14 +397,14 @@ class IncludedFiles:
         (folder / "files.json").write_text(json.dumps({"logs": logs}), encoding="utf-8")
 
     def changes(self, logs: Logs) -> list[FileChanges]:
-        """Return the changes of each log's files. Logs are paired in order. A log without a counterpart is ignored."""
+        """Return the changes of each log's files. Logs and records are paired in order. Unpaired logs are ignored."""
         return [_changes(included, log) for included, log in zip(self.logs, logs.all, strict=False)]
 
     def with_new(self, logs: Logs, spans: Spans) -> "IncludedFiles":
-        """Return the record with the files of `logs` added. Skipped files stay while they exist.
+        """Return this record with the files of `logs` added. Earlier skipped files stay listed while they exist.
 
         Args:
-            logs: Logs with the new files.
+            logs: Logs with only the new files.
             spans: First and last times of the new files.
         """
         return IncludedFiles([_with_new(log, new, spans) for log, new in zip(self.logs, logs.all, strict=True)])
@@ -416,9 +417,9 @@ class IncludedFiles:
 
     @property
     def journal(self) -> dict[str, Any] | None:
-        """The journal from which the files come: its ID ("id") and the last segment that the files include ("through").
+        """ID of the journal that wrote the files ("id"), and number of the last included journal file ("through").
 
-        None if no file comes from a journal. Of several journals, this is the one with the latest row.
+        None if no journal wrote a file. If several journals did, the one with the latest row counts.
         """
         journals: dict[str, tuple[int, int]] = {}
         for file in (file for log in self.logs for file in log.files.values()):
@@ -438,7 +439,7 @@ class IncludedFiles:
 
 
 def parse_journal_name(uri: str) -> tuple[str, int] | None:
-    """Return the journal's ID and the last segment in a journal file's name, None for any other file."""
+    """Return the ID of the journal and the number in a journal file's name, None for any other file."""
     name = _OF_A_JOURNAL.fullmatch(PurePath(uri).name)
     return None if name is None else (name[1], int(name[2]))
 
@@ -501,8 +502,8 @@ def _with_new(included: IncludedLog, log: Log, spans: Spans) -> IncludedLog:
 def short_names(uris: Sequence[str]) -> dict[str, str]:
     """Map URIs to short names for a report.
 
-    Names are the last parts of the paths, as many as needed to tell all paths apart. A URI with a colon, such as
-    `models:/shop@champion`, is its own name.
+    A name consists of the last parts of the path, equally many for each URI, so that all names differ. A URI with a
+    colon, such as `models:/shop@champion`, is its own name.
 
     Raises:
         UserError: A URI occurs twice.
@@ -522,10 +523,10 @@ def check_output_folder(out: Path, settings: Settings | None = None) -> None:
 
     Args:
         out: Folder for results (`--out`).
-        settings: Settings whose logs and outputs must not contain the folder. None skips this check.
+        settings: Settings with logs and a work folder. None only checks that `out` is not a file.
 
     Raises:
-        UserError: `out` is a file, or lies in a folder of the log, of features or of models.
+        UserError: `out` is a file, is the work folder, or lies in a log or in an output folder such as `model`.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out '{out}' is a file; name a folder")

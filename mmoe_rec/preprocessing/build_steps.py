@@ -1,7 +1,7 @@
 """Steps of a feature build. Each step is a job of independent tasks that run on an engine.
 
     step      each task reads        the step gives
-    requests  a part of the log      one time for each request (see `mmoe_rec.preprocessing.request_times`)
+    requests  a part of the log      the time of each request (see `mmoe_rec.preprocessing.request_times`)
     count     a part of a log        merged counts, and files with the events and lookups of each partition of keys
     look up   a partition of keys    event stores, and files with the results for each block of rows
     encode    a part of the log      encoded rows
@@ -9,8 +9,8 @@
 docs/explanation/point-in-time.md describes the data that steps exchange.
 
 The engine `local` uses a thread or process for each core. The engine `ray` uses actors of a Ray cluster. An engine
-yields results in the order of the tasks, so they don't depend on the engine or the number of workers. A `UserError` of
-a task ends the job and is raised unchanged.
+yields results in the order of the tasks, so a build doesn't depend on the engine or the number of workers. A
+`UserError` of a task ends the job and is raised unchanged.
 """
 
 import logging
@@ -61,17 +61,18 @@ from mmoe_rec.settings.sections import EngineName
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-# Up to this many workers run as threads, which start at once. NumPy and Arrow release the interpreter lock.
+# Up to this many workers run as threads, which start faster. NumPy and Arrow release the interpreter lock.
 MAX_THREADS = 4
 
 
 @contextmanager
 def open_engine(name: EngineName, workers: int | None = None, processes: bool = True) -> "Iterator[Engine]":
-    """Open an engine for the duration of a context.
+    """Open an engine that runs tasks, and close it at the end of the `with` block.
 
     Args:
         name: Name of the engine.
-        workers: Number of tasks that run at the same time. None stands for the number of usable cores.
+        workers: Number of tasks that run at the same time, by default one per usable core. A Ray cluster at RAY_ADDRESS
+            uses all of its CPUs instead.
         processes: Whether the engine `local` may start processes for more than `MAX_THREADS` workers.
     """
     workers = workers or usable_cores()
@@ -189,7 +190,7 @@ _FIRST_TIMES, _RESULTS, _REPEATS = "first_times.parquet", "results", "repeats.pa
 
 
 def open_reader(folder: Path, log: Log) -> LogReader:
-    """Return a reader of a log whose request times have been determined.
+    """Return a reader that gives all rows of a request the same time, as determined by `BuildSteps`.
 
     Args:
         folder: Scratch folder of the build, or the folder given to `BuildSteps.move_results`.
@@ -200,7 +201,7 @@ def open_reader(folder: Path, log: Log) -> LogReader:
 
 
 def open_results(folder: Path, log: Log) -> ResultExchange:
-    """Return the results of counters and histories for the rows of a log.
+    """Return the files with the values of counters and histories for each row, which `BuildSteps.look_up` wrote.
 
     Args:
         folder: Scratch folder of the build, or the folder given to `BuildSteps.move_results`.
@@ -212,7 +213,7 @@ def open_results(folder: Path, log: Log) -> ResultExchange:
 class BuildSteps:
     """Steps of one build, as a context manager that removes the scratch folder at the end.
 
-    The attribute `logs` has the logs without bad files, and `requests` has the counts of their requests.
+    After `count`, the attribute `logs` has the logs without bad files, and `requests` the counts of their requests.
     """
 
     def __init__(self, logs: Logs, windows: Mapping[str, Window], scratch: Path) -> None:
@@ -221,7 +222,7 @@ class BuildSteps:
         Args:
             logs: Logs to read.
             windows: Request times [start, end) of each split, in microseconds.
-            scratch: Scratch folder.
+            scratch: Folder for temporary files.
         """
         self.logs, self.windows, self.scratch = logs, windows, scratch
         self._stack = ExitStack()
@@ -248,19 +249,19 @@ class BuildSteps:
         return -(-(self.logs.log.rows + self.logs.rows) // self.logs.options.rows_in_memory)
 
     def count(self, statistics: bool, requests_dir: Path | None = None, previous: Path | None = None) -> LogCounts:
-        """Determine the times of requests and count the logs.
+        """Run the steps `requests` and `count`.
 
         If new rows repeat rows of earlier files, both steps run again without the repeated rows. If bad files may be
         skipped, all files are checked before the first step.
 
         Args:
-            statistics: Whether to count vocabularies and statistics.
-            requests_dir: Folder for the record of all requests. None writes no record.
-            previous: Folder with the record of the requests in earlier files.
+            statistics: Whether to count IDs and numbers of training rows, to fit vocabularies and statistics.
+            requests_dir: Folder for the record of all requests and rows. None writes no record.
+            previous: Folder with the record of the requests and rows in earlier files.
 
         Raises:
-            UserError: A file is bad and bad files are not skipped. A row occurs twice. A request has several users,
-                or several times if the options forbid this.
+            UserError: A file is bad and bad files are not skipped. A request has several users. The options forbid
+                repeated rows or several times of a request, and the log has them.
         """
         if self.logs.options.skip_bad_files:
             pieces = [piece for log in self.logs.all for piece in log.pieces()]
@@ -280,7 +281,7 @@ class BuildSteps:
             shutil.rmtree(self.scratch, ignore_errors=True)  # These files include the repeated rows.
 
     def find_requests(self) -> None:
-        """Determine the times of requests without counting, for rows whose counters and histories are already computed.
+        """Run the step `requests` without `count`, for rows whose counters and histories are already computed.
 
         Raises:
             UserError: A file is bad, or a request has several users or times as in `count`.
@@ -329,14 +330,14 @@ class BuildSteps:
     def look_up(
         self, pipeline: FeaturePipeline, folder: Path, end: int, training: Window | None, previous: Path | None = None
     ) -> None:
-        """Make all lookups of counters and histories, and write their event stores.
+        """Compute counters and histories for each row, and write their event stores.
 
         Args:
-            pipeline: Pipeline with complete vocabularies. It gets the statistics of the results.
+            pipeline: Pipeline with complete vocabularies. Its histograms count the values of rows in `training`.
             folder: Folder for the event stores.
             end: Time from which the event stores must answer lookups, in microseconds.
-            training: Request times [start, end) of the rows whose results count for statistics. None counts no rows.
-            previous: Folder with event stores to continue from.
+            training: Request times [start, end) of the rows to count in histograms. None counts no rows.
+            previous: Folder with event stores to continue from. None starts with empty stores.
         """
         pipeline_dir = self.scratch / "state"
         pipeline_dir.mkdir(parents=True)
@@ -375,10 +376,7 @@ class BuildSteps:
         return Exchange(self.scratch / "events", self._partitions)
 
     def _count_sent(self, group: Sequence[PointInTimeEncoder[Any]], partition: int) -> int:
-        """Return how many rows of a partition are in memory at the same time.
-
-        These are all lookups, and the events of one feature. The feature with the most events counts.
-        """
+        """Return how many rows a partition holds in memory: all lookups, plus the most events of one feature."""
         sent = self._counted.sent
         lookups, *events = (
             int(sent[channel][partition]) if channel in sent else 0
@@ -398,7 +396,7 @@ class BuildSteps:
             Counts of each split.
 
         Raises:
-            UserError: A file has changed since its rows were counted.
+            UserError: A file has changed since the logs were opened.
         """
         tasks = list(enumerate(self.parts))
         counts = {name: SplitCounts(label_cutoff=label_cutoff[name]) for name in self.windows}

@@ -1,8 +1,8 @@
 """The steps `count` and `encode` of a feature build. Their tasks read parts of the log.
 
-The step `count` counts IDs, numbers and rows, and finds the latest attributes. These results are small and can be
-merged in any order. The step also writes the inputs of the step `look up`: events and lookups, divided by key. The step
-`encode` comes last. It writes the encoded rows of each split to Parquet files.
+The step `count` counts IDs, numbers and rows, and finds the latest attributes of users and candidates. These results
+are small and can be merged in any order. The step also writes the inputs of the step `look up`: events and lookups,
+divided by key. The step `encode` comes last. It writes the encoded rows of each split to Parquet files.
 """
 
 from collections import Counter, defaultdict
@@ -49,7 +49,7 @@ class CountJob:
         schema: Schema of the logs.
         windows: Request times [start, end) of each split, in microseconds.
         exchange: Files with the events and lookups for the next step.
-        statistics: Whether to count vocabularies and statistics.
+        statistics: Whether to count IDs and numbers of training rows, to fit vocabularies and statistics.
         duplicates: Whether to write a hash of each row's request and candidate, to find repeated rows.
     """
 
@@ -65,14 +65,14 @@ class LogCounts:
     """Counts of a log or of a part of it.
 
     Attributes:
-        counts: Counts of each feature, as in `FeaturePipeline`.
+        counts: Counts for features and labels, as in `FeaturePipeline.counts`.
         key_types: Types of the key columns, as in `FeaturePipeline`.
         first: First request time, in microseconds.
         last: Last request time, in microseconds.
-        rows: Number of rows by split.
+        rows: Number of rows of the interaction log by split.
         rows_by_log: Number of rows by name of an event log, or None for the interaction log.
-        latest: Latest attributes of users and candidates by role.
-        sent: Number of rows for each partition, shape (partitions,), int64, by channel of the exchange.
+        latest: Latest attributes of users and candidates by role, in levels (see `add_level`).
+        sent: Number of rows sent to each partition of keys, shape (partitions,), int64, by channel of the exchange.
         spans: First and last time of a file's rows, in microseconds, by (event log or None, URI).
     """
 
@@ -184,7 +184,7 @@ class _Sender:
         self._turn = 0
 
     def add(self, pipeline: FeaturePipeline, rows: LogRows) -> None:
-        """Collect the events and lookups of rows for all counters and histories of the pipeline."""
+        """Collect the events and lookups in `rows` for all counters and histories, and send them if they are many."""
         if self.source is None:
             self._add_lookups(pipeline, rows)
         for name, encoder in pipeline.point_in_time_encoders.items():
@@ -229,7 +229,7 @@ ROWS_PER_GROUP = 32_768
 
 @dataclass
 class SplitCounts:
-    """Counts of a split's rows and labels. The dictionaries have one value for each task.
+    """Counts of a split's rows and labels. Dictionaries have a value for each task or joint outcome.
 
     Attributes:
         rows: Number of rows.
@@ -239,8 +239,8 @@ class SplitCounts:
         row_weighted_sum: Sum of the observed labels times weight.
         weight: Sum of weight / sampling rate of rows with an observed label.
         weighted_sum: Sum of the observed labels times weight / sampling rate.
-        pending_labels: Number of labels that were not final at `label_cutoff`.
-        label_cutoff: Time in microseconds. Only labels that were final at this time count.
+        pending_labels: Number of labels that don't count because they were not final at `label_cutoff`.
+        label_cutoff: Time in microseconds. Only labels that were final at this time count as observed.
     """
 
     rows: int = 0
@@ -259,7 +259,7 @@ class SplitCounts:
         """Count the labels of N rows.
 
         Args:
-            labels: Labels by task, shape (N,). NaN stands for an unobserved label.
+            labels: Labels by task or joint outcome, shape (N,). NaN stands for an unobserved label.
             weight: Weights of the rows, shape (N,).
             rates: Sampling rates of the rows, shape (N,).
             pending_labels: Number of labels that were not final, by task.
@@ -305,7 +305,7 @@ def encode_part(
         pipeline_dir: Folder of the fitted pipeline.
         windows: Request times [start, end) of each split, in microseconds.
         label_cutoff: Time in microseconds, by split. Labels that were not final at this time are unobserved.
-        exchange: Results of counters and histories.
+        exchange: Values of counters and histories for each row.
         encoded: Folder for the encoded rows.
         reader: Reader of the interaction log.
         task: Number of the part and the part.
@@ -342,7 +342,7 @@ def encode_rows(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labels
         pipeline: Fitted pipeline.
         layout: Layout of the inputs.
         rows: N rows of the log.
-        labels: Labels by task, shape (N,). NaN stands for an unobserved label and becomes null.
+        labels: Labels by task or joint outcome, shape (N,). NaN stands for an unobserved label and becomes null.
 
     Returns:
         Columns `id.*`, `dense.*`, `label.*`, user, candidate, request, time, sampling_rate and, if any, weight.
@@ -365,7 +365,7 @@ def encode_rows(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labels
 
 
 def _numbers_or_ones(rows: LogRows, name: str | None) -> np.ndarray:
-    """Return a column of sampling rates or weights, or ones if the settings name no column."""
+    """Return the column `name` as numbers, or ones without a name (no sampling rates or weights in the log)."""
     return np.ones(len(rows)) if name is None else rows.numbers(name)
 
 

@@ -2,9 +2,9 @@
 
 docs/how-to/build-large-logs.md describes the treatment of late and repeated rows.
 
-A model has its own copy of the features (`<artifact>/features`). Its tables are the event stores of counters and
-histories, and the latest attributes of users and candidates. They are updated separately. `extend_tables` adds new
-files to the tables, and `rebuild_tables` builds the tables from all files.
+A model has its own copy of the features (`<artifact>/features`). The tables of this copy are the event stores of
+counters and histories, and the latest attributes of users and candidates. They can be updated without the vocabularies
+and statistics: `extend_tables` adds new files to the tables, and `rebuild_tables` builds the tables from all files.
 
 Both functions give identical bytes for the same rows, with one exception. Histories store the embedding row of each
 item. If an ID gets its own embedding row only after some events, an extended history keeps a shared, hashed row for
@@ -60,9 +60,9 @@ class _NewFiles:
         Args:
             logs: Logs with old and new files.
             included: Files that were included before.
-            owner: Owner of the included files in messages, a plural such as "the features in 'work'".
+            owner: Name of the features that include files, in messages. A plural such as "the features in 'work'".
             last: Time of the last included request, in microseconds.
-            advice: Advice in messages about files that can't be added.
+            advice: Advice for messages about files that can't be added, as an imperative.
         """
         self.logs, self.owner, self.last, self.advice = logs, owner, last, advice
         self.changes = included.changes(logs)
@@ -103,10 +103,10 @@ class _NewFiles:
             raise UserError(f"'{uri}' {problem} since {self.owner} were built from it. Restore it, or {self.advice}.")
 
     def _check_late(self, counted: LogCounts, steps: BuildSteps) -> None:
-        """Report new requests that are no later than the last included request.
+        """Print a message about new files with requests that are no later than the last included request.
 
         Raises:
-            UserError: A late row would change the time of an included request.
+            UserError: A new row is earlier than all included rows of its request, so the request's time would change.
         """
         first, last = self.first_request_time(counted, steps.requests), self.last
         spans = {file.uri: counted.spans.get((None, file.uri)) for file in steps.logs.log.files}
@@ -127,17 +127,17 @@ class _NewFiles:
         )
 
     def _check_events(self, counted: LogCounts, new: Logs) -> None:
-        """Report new files of event logs that may repeat the events of an included file.
+        """Print a message about new files of event logs that may repeat the events of an included file.
 
-        This is suspected if new files cover all times of the included file and have at least as many events.
+        This is suspected if they cover the time span of the included file and have at least as many events.
 
         Raises:
-            UserError: The new files may repeat the events of a missing file.
+            UserError: The new files may repeat the events of an included file that no longer exists.
         """
         if new.options.on_duplicates == "keep":
             return
         for log, changes in zip(new.events, self.changes[1:], strict=True):
-            spans = {file: counted.spans.get((log.name, file.uri)) for file in log.files}  # None if it has no rows.
+            spans = {file: counted.spans.get((log.name, file.uri)) for file in log.files}  # None without rows.
             for old in changes.included.files.values():
                 if old.first is None or old.last is None:
                     continue
@@ -169,7 +169,7 @@ class Extension:
         files: Number of added files.
         rows: Number of added rows of the interaction log.
         new_ids: Number of IDs that were added to the vocabulary of each feature.
-        missing: Files that the features include and the log lacks.
+        missing: URIs of included files that no longer exist.
     """
 
     features: FeatureFolder
@@ -183,15 +183,15 @@ def extend(inputs: BuildInputs) -> Extension | None:
     """Add new files to the features in `inputs.work`. If there is an error, the old features stay as they are.
 
     Args:
-        inputs: Inputs of the build. The splits apply to the new rows.
+        inputs: Inputs of the build. Its splits divide the new rows.
 
     Returns:
-        The extension, None without new files.
+        Counts of the extension, None without new files.
 
     Raises:
-        UserError: There are no features of this schema. An old file has changed. New rows may repeat old requests, or
-            new events those of a removed file. No new request is later than the old ones, or none lies in a split. A
-            file can't be read.
+        UserError: There are no features of this schema. An old file has changed. A new row is earlier than all old rows
+            of its request. New event files may repeat a deleted file. No new request is later than the old requests, or
+            none lies in a split. A file can't be read.
     """
     schema = inputs.schema
     reject_plain_table(schema, "adding days to features")
@@ -215,7 +215,7 @@ def extend(inputs: BuildInputs) -> Extension | None:
 def _check_schema(features: FeatureFolder, schema: Schema) -> None:
     previous = FeaturePipeline.load(features.serving, stores=False).schema
     difference = next(diff_settings(previous.identity(), schema.identity()), None)
-    for section in ("tasks", "features", "events"):  # Layouts, lookups and files depend on the order.
+    for section in ("tasks", "features", "events"):  # Layouts and files depend on the order of entries.
         old_order, order = list(getattr(previous, section)), list(getattr(schema, section))
         if difference is None and old_order != order:
             difference = (section, f"in the order {', '.join(old_order)}", f"in the order {', '.join(order)}")
@@ -284,7 +284,7 @@ REBUILD_TABLES_ADVICE = "rebuild the tables from all files of the log with --reb
 
 @dataclass(frozen=True)
 class WrittenTables:
-    """Tables that were written.
+    """Facts about tables (event stores and latest attributes) that were written.
 
     Attributes:
         files: Number of files that were read.
@@ -292,8 +292,8 @@ class WrittenTables:
         events: Number of added rows of event logs.
         as_of: Time of the last request in the tables, in microseconds.
         digest: Fingerprint of the files that the tables include.
-        journal: Part of a journal that the tables include, see `IncludedFiles.journal`.
-        missing: Files that the tables include and the log lacks.
+        journal: Journal and last journal file that the tables include, see `IncludedFiles.journal`.
+        missing: URIs of included files that no longer exist.
     """
 
     files: int
@@ -306,17 +306,17 @@ class WrittenTables:
 
 
 def extend_tables(features: Path, last: int, logs: Logs, included: IncludedFiles, out: Path) -> WrittenTables | None:
-    """Add new files to the tables of a model's features, and write all of these features to `out`.
+    """Add new files to a model's tables (event stores and latest attributes), and write the model's features to `out`.
 
     Args:
         features: Folder of the model's features.
         last: Time of the last request in the tables, in microseconds.
-        logs: Logs with the model's schema. Columns have the types that `included` recorded.
+        logs: Logs with the model's schema, opened with the column types in `included`.
         included: Files that the tables include.
         out: Empty folder for the extended features.
 
     Returns:
-        The tables, None if the new files have no new rows.
+        Facts about the tables, None without new rows. Rows that repeat rows of included files are not new.
 
     Raises:
         UserError: Rows can't be added, as in `extend`.
@@ -339,10 +339,10 @@ def extend_tables(features: Path, last: int, logs: Logs, included: IncludedFiles
 
 
 def rebuild_tables(features: Path, logs: Logs, out: Path) -> WrittenTables:
-    """Write a model's features with tables that are rebuilt from all files.
+    """Build a model's tables (event stores and latest attributes) from all files, and write its features to `out`.
 
     Args:
-        features: Folder of the model's features. Its tables are not needed.
+        features: Folder of the model's features. The tables in it are not read.
         logs: Logs with the model's schema.
         out: Empty folder for the features.
 
@@ -365,7 +365,7 @@ def _write_tables(
     missing: Sequence[str] = (),
     previous: Path | None = None,
 ) -> WrittenTables:
-    """Write the fitted pipeline, the latest attributes, and the event stores as of just after the last request."""
+    """Write the fitted pipeline, the latest attributes, and event stores for lookups after `as_of`."""
     pipeline = FeaturePipeline.load(features, stores=False)
     steps.look_up(pipeline, out, end=as_of + 1, training=None, previous=previous)
     pipeline.save(out)

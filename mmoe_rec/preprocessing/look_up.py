@@ -5,7 +5,7 @@ independent. If a partition doesn't fit into memory, the task divides it by time
 of the same time stay together. Each piece gets the event stores of the piece before it.
 
 Tasks exchange rows through files (`Exchange`), so rows never have to fit into memory, and workers share only a folder.
-`ResultExchange` returns the results to the rows in the same way.
+`ResultExchange` returns the results (values of counters and histories) to the rows in the same way.
 """
 
 import os
@@ -34,27 +34,27 @@ ROW_KEYS_CHANNEL = "duplicates"  # Channel of hashes of request and candidate, w
 
 
 def events_channel(feature: str) -> str:
-    """Return the channel of a counter's or history's events."""
+    """Return the `Exchange` channel for the events of a counter or history."""
     return f"events.{feature}"
 
 
 def lookups_channel(group: str) -> str:
-    """Return the channel of the lookups of a group of features, see `FeaturePipeline.key_groups`."""
+    """Return the `Exchange` channel for the lookups of a group in `FeaturePipeline.key_groups`."""
     return f"look_ups.{group}"
 
 
 def label_column(task: str) -> str:
-    """Return the name of the column with a task's labels in a table of lookups. A label makes the row an event too."""
+    """Return the name of the column with a task's labels in a table of lookups. Rows with a label are events, too."""
     return f"label.{task}"
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Folder of files `CHANNEL/SENDER.arrow`. Each file has the rows of one sender, in a record batch per receiver.
+    """Exchange of rows between tasks through files `CHANNEL/SENDER.arrow`, with a record batch for each receiver.
 
     Attributes:
         folder: Folder of the files, which need not exist.
-        receivers: Number of receivers.
+        receivers: Number of receivers, such as partitions of keys.
     """
 
     folder: Path
@@ -65,7 +65,7 @@ class Exchange:
 
         Args:
             channel: Name of the channel.
-            sender: Numbers of the task and of the file.
+            sender: Number of the sending task, and number of the file among its files.
             table: N rows.
             receiver: Receiver of each row, shape (N,), integers.
 
@@ -79,7 +79,7 @@ class Exchange:
 
         Args:
             channel: Name of the channel.
-            sender: Numbers of the task and of the file.
+            sender: Number of the sending task, and number of the file among its files.
             turns: Tables with the receiver of each row, as in `send`.
 
         Returns:
@@ -130,7 +130,7 @@ class Exchange:
                         yield pa.Table.from_batches([batch])
 
     def remove(self) -> None:
-        """Remove all files. No thread may be receiving rows."""
+        """Remove all files. Call it only while no task receives rows."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -148,7 +148,7 @@ def assign_partitions(keys: np.ndarray, partitions: int) -> np.ndarray:
 
 
 def key_range(partition: int, partitions: int) -> tuple[int, int]:
-    """Return the range [start, end) of a partition's keys. The last partition ends at 2^64.
+    """Return the range [start, end) of a partition's keys, which are uint64 hashes. The last range ends at 2^64.
 
     Args:
         partition: Number of the partition.
@@ -162,7 +162,7 @@ ROWS_PER_BLOCK = 131_072
 
 @dataclass(frozen=True)
 class ResultExchange:
-    """Exchange of the results of lookups. The receivers are blocks of `ROWS_PER_BLOCK` consecutive rows of the log.
+    """Exchange of values of counters and histories. Receivers are blocks of `ROWS_PER_BLOCK` consecutive rows.
 
     Attributes:
         folder: Folder of the files.
@@ -174,17 +174,17 @@ class ResultExchange:
 
     @property
     def exchange(self) -> Exchange:
-        """Exchange of rows with the blocks as receivers."""
+        """The underlying exchange, with the blocks as receivers."""
         return Exchange(self.folder, -(-self.rows // ROWS_PER_BLOCK))
 
     def send(self, group: str, sender: Sender, rows: np.ndarray, results: LookupResults) -> None:
-        """Send results of the features with the same key.
+        """Send the results of a group of features to the blocks of their rows.
 
         Args:
-            group: Name of this group of features, see `FeaturePipeline.key_groups`.
-            sender: Numbers of the task and of the file.
-            rows: Row numbers in ascending order, shape (N,).
-            results: Results of the rows.
+            group: Name of the group, see `FeaturePipeline.key_groups`.
+            sender: Number of the sending task, and number of the file among its files.
+            rows: Numbers of the N rows in the log, in ascending order, shape (N,).
+            results: Results for the N rows.
         """
         block = rows // ROWS_PER_BLOCK
         columns = {"row": pa.array(rows)}
@@ -193,7 +193,7 @@ class ResultExchange:
         self.exchange.send(group, sender, pa.table(columns), block)
 
     def receive(self, groups: Sequence[str], block: int) -> LookupResults:
-        """Return the results of a block's rows. Rows without a result have an arbitrary value.
+        """Return the results for a block's rows, by name. Rows without a result have an arbitrary value.
 
         Args:
             groups: Names of the groups of features.
@@ -207,7 +207,7 @@ class ResultExchange:
 
 
 def _lists(results: DedupedRagged, block: np.ndarray) -> pa.Array:
-    """Return a column of lists. Null means the list of the row before, as candidates of a request share histories."""
+    """Return a column of lists. Null stands for the list of the row before, as candidates of a request share lists."""
     inverse = results.inverse
     first = np.append(len(inverse) > 0, (inverse[1:] != inverse[:-1]) | (block[1:] != block[:-1]))
     lists = results.lists.take(inverse[first])
@@ -219,7 +219,7 @@ def _lists(results: DedupedRagged, block: np.ndarray) -> pa.Array:
 
 
 class ResultReader:
-    """Reader of the results of counters and histories, in ascending order of rows. It loads one block at a time."""
+    """Reader of the values of counters and histories, in ascending order of rows. It loads one block at a time."""
 
     def __init__(self, results: ResultExchange, groups: Sequence[str]) -> None:
         """Create a reader that has loaded no block.
@@ -233,7 +233,7 @@ class ResultReader:
         self._loaded: LookupResults = {}
 
     def of(self, rows: np.ndarray) -> LookupResults:
-        """Return the results of one or more row numbers in ascending order, shape (N,), int64."""
+        """Return the results for `rows`: one or more row numbers in ascending order, shape (N,), int64."""
         block, offset = np.divmod(rows, ROWS_PER_BLOCK)
         parts = []
         for number in np.unique(block).tolist():
@@ -244,7 +244,7 @@ class ResultReader:
 
 
 def _by_row(tables: Sequence[pa.Table], start: int, rows: int) -> LookupResults:
-    """Combine the tables of a block of `rows` rows. `start` is the number of the first row."""
+    """Combine the tables of a block into the results for its `rows` rows. The first row has the number `start`."""
     results: dict[str, np.ndarray | DedupedRagged] = {}
     offsets = [table["row"].to_numpy() - start for table in tables]
     for field in list(tables[0].schema)[1:] if tables else ():
@@ -276,7 +276,7 @@ def _take_rows(results: LookupResults, rows: np.ndarray) -> LookupResults:
 
 
 def _concat_results(parts: Sequence[np.ndarray | DedupedRagged]) -> np.ndarray | DedupedRagged:
-    """Concatenate the results of one feature."""
+    """Concatenate the values of one result for consecutive rows."""
     if len(parts) == 1:
         return parts[0]
     lists = [part for part in parts if isinstance(part, DedupedRagged)]
@@ -294,7 +294,7 @@ class ReceivedRows:
     Attributes:
         exchange: Files with the rows.
         number: Number of the partition or piece, which is the receiver of its rows.
-        group: Encoders of the counters and histories with the key of the partition, such as the user.
+        group: Encoders of the counters and histories that share the key columns, such as the user.
         window: Times [start, end) of the piece, in microseconds. None means no limit.
     """
 
@@ -338,10 +338,10 @@ class ReceivedRows:
 
 
 class TimeChunk:
-    """The rows of a partition or of a piece of it, sorted by key and time.
+    """The events and lookups of a partition, or of a piece that fits into memory.
 
     Attributes:
-        lookups: Lookups for the N rows that lie in a split.
+        lookups: Lookups for the N rows that lie in a split, sorted by key and time.
         rows: Numbers of these rows in ascending order, shape (N,), int64.
         times: Request times of these rows, in microseconds, shape (N,), int64.
         end_time: Earliest possible time of later pieces, in microseconds. None for the last piece.
@@ -387,17 +387,17 @@ class TimeChunk:
 
 @dataclass(frozen=True)
 class LookupJob:
-    """Arguments that all tasks of this step share.
+    """Arguments that all tasks of the step `look up` share.
 
     Attributes:
-        pipeline_dir: Folder of the fitted vocabularies.
+        pipeline_dir: Folder of the pipeline with fitted vocabularies.
         previous: Folder with event stores to continue from. None starts with empty stores.
         windows: Request times [start, end) of the splits, in microseconds.
-        training: Request times [start, end) of the rows whose results count for statistics. None counts no rows.
+        training: Request times [start, end) of the rows whose results count in histograms. None counts no rows.
         stores: Folder for the event stores.
         end: Time in microseconds. The stores keep only events that requests from this time on can look up.
-        events: Exchange of events and lookups.
-        results: Exchange of results.
+        events: Exchange from which tasks receive events and lookups.
+        results: Exchange to which tasks send results.
         rows_in_memory: Maximum number of rows in memory. Larger partitions are divided by time.
         scratch: Folder for the pieces of divided partitions.
     """
@@ -421,7 +421,7 @@ class KeyPartition:
     Attributes:
         group: Name of the group, see `FeaturePipeline.key_groups`.
         number: Number of the partition.
-        rows: Number of rows to hold in memory at the same time, if the partition is not divided.
+        rows: Number of rows that the partition would hold in memory if it were not divided by time.
     """
 
     group: str
@@ -430,14 +430,14 @@ class KeyPartition:
 
 
 def look_up_partition(job: LookupJob, partition: KeyPartition) -> dict[str, dict[str, NumberHistogram]]:
-    """Compute the results of a partition's lookups, send them to the blocks of rows, and write event stores.
+    """Compute counters and histories for a partition's lookups, send them to blocks of rows, and write event stores.
 
     Args:
         job: Arguments of all tasks.
         partition: Partition of the keys.
 
     Returns:
-        Histograms of the results in `job.training`, by feature and name of the result.
+        Histograms of the values of rows in `job.training`, by feature and name of the result.
     """
     group = load_pipeline(job.pipeline_dir).key_groups[partition.group]
     counting = FeaturePipeline(load_pipeline(job.pipeline_dir).schema).point_in_time_encoders

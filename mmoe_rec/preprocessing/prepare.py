@@ -4,7 +4,7 @@
         manifest.json          fingerprint, log digest, times, skipped files, skipped checks, rows and labels of
                                each split
         files.json             included and skipped files of the logs (see `IncludedFiles`)
-        serving/               fitted features, their state at the log's end, latest attributes
+        serving/               fitted features, event stores at the log's end, latest attributes
         counts/                counts behind the fitted features, to add days later (`extend`)
         requests/              requests.parquet: times and users of requests, to recognize later rows of a request;
                                rows.parquet: hashes of all rows, to recognize repeated rows
@@ -39,7 +39,7 @@ from mmoe_rec.settings.log_columns import SplitColumn
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
 
-# Texts for the message of a process that can't get the lock: what the other process does, and what the user can do.
+# Texts for messages about the lock: the activity of the process that holds it, and advice for the other process.
 BUILD_LOCK_TEXTS = ("a build of features", "set `data.work_dir` to another folder")
 
 
@@ -67,7 +67,7 @@ class FeatureFolder:
 
     @property
     def serving(self) -> Path:
-        """Folder of the fitted features, their state and the latest attributes."""
+        """Folder of the fitted features, their event stores, and the latest attributes of users and candidates."""
         return self.folder / "serving"
 
     def split(self, name: str) -> Path:
@@ -76,11 +76,11 @@ class FeatureFolder:
 
     @property
     def is_extended(self) -> bool:
-        """Whether files were added to the features later. A rebuild may then lack files that no longer exist."""
+        """Whether `extend` added files. A rebuild could then lose rows of files that no longer exist."""
         return "extends" in self._manifest_or_none
 
     def is_up_to_date(self, logs: Logs, windows: dict[str, Window], allow_missing_files: bool) -> bool:
-        """Return whether the features match the logs, the schema, the splits and the requested checks.
+        """Return whether the features match the logs, the schema and the splits, and passed the checks in the options.
 
         Args:
             logs: Logs with the schema and the options.
@@ -143,8 +143,8 @@ def prepare(inputs: BuildInputs, *, keep_existing: bool = False) -> FeatureFolde
 
     Args:
         inputs: Logs, schema and options of the build.
-        keep_existing: Whether to reuse the features although files were deleted. A model that continues training from
-            them needs the same features.
+        keep_existing: Whether to reuse the features even if files were deleted. A resumed or warm-started training
+            needs the same features.
 
     Raises:
         UserError: The log can't be read or contains the output folder, a split is empty, or a binary task has one class
@@ -167,7 +167,7 @@ def prepare(inputs: BuildInputs, *, keep_existing: bool = False) -> FeatureFolde
 
 
 def _check_replaceable(features: FeatureFolder, logs: Logs) -> None:
-    """Raise UserError if a rebuild of extended features would lose rows. For other features, print a message."""
+    """Raise UserError if extended features have rows of deleted files. For other features, print a message."""
     missing = features.missing(logs)
     if missing and not features.is_extended:
         say(f"Rebuilding the features without {len(missing):,} deleted files, such as '{missing[0]}'.")
@@ -196,11 +196,11 @@ def find_existing_features(inputs: BuildInputs) -> FeatureFolder | None:
 def lock_features(
     inputs: BuildInputs, what: str, splits: Sequence[str] = (), keep_existing: bool = False
 ) -> Iterator[FeatureFolder]:
-    """Build or reuse features (see `prepare`) and keep other processes from replacing them.
+    """Build or reuse features (see `prepare`) and keep other processes from replacing them in the `with` block.
 
     Args:
         inputs: Logs, schema and options of the build.
-        what: Name of the use, such as "a training run", for the message to waiting processes.
+        what: Activity of this process, such as "a training run", for the messages of other processes.
         splits: Splits that must have rows.
         keep_existing: Whether to reuse the features although files were deleted.
 
@@ -223,11 +223,11 @@ def lock_features(
 def encode_splits(pipeline_dir: Path, logs: Logs, windows: dict[str, Window], folder: Path) -> dict[str, SplitCounts]:
     """Encode splits of a log with features that were fitted to another log, and print the skipped files.
 
-    Counters and histories are computed from the encoded log.
+    Counters and histories start empty and contain only events of the encoded logs.
 
     Args:
         pipeline_dir: Folder of the fitted features.
-        logs: Logs to encode.
+        logs: Logs to read. Rows outside the splits count as events.
         windows: Time windows of the splits to encode (validation or test).
         folder: Output folder, with a subfolder for each split.
 
@@ -258,7 +258,7 @@ def compute_fingerprint(logs: Logs, windows: object) -> str:
 
     Args:
         logs: Logs with the schema.
-        windows: Time windows of the splits, or other inputs of the rows, as JSON values.
+        windows: Time windows of the splits, or other values that the rows depend on. They must be JSON values.
     """
     files = [
         [
@@ -272,7 +272,7 @@ def compute_fingerprint(logs: Logs, windows: object) -> str:
 
 
 def _settings_fingerprint(schema: Schema, windows: dict[str, Window]) -> str:
-    """Return a fingerprint of the features' inputs other than the logs."""
+    """Return a fingerprint of the schema and the splits, without the logs."""
     return _digest(FORMAT, schema.identity(), windows)
 
 
@@ -325,7 +325,7 @@ def empty_split_message(split: str, folder: Path) -> str:
 
 
 def check_classes(schema: Schema, counts: SplitCounts) -> None:
-    """Raise UserError if a task has no observed label or only one class in training.
+    """Raise UserError if a task has no observed label in training, or a binary task only one class.
 
     Args:
         schema: Schema with the tasks.
@@ -370,13 +370,13 @@ def write_features(
         included: All files whose rows the features contain.
         windows: Time windows of the splits.
         folder: Output folder.
-        previous: Folder of the state to extend. Its statistics stay the same. None for a new build.
+        previous: `serving` folder with the event stores to extend, None for a new build.
 
     Returns:
         Content of the manifest without the fingerprint.
 
     Raises:
-        UserError: A task of new features has no observed label or only one class in training.
+        UserError: In a new build, a task has no observed label in training, or a binary task only one class.
     """
     serving, counts, logs, train = folder / "serving", folder / "counts", steps.logs, windows["train"]
     for subfolder in (serving, counts):
@@ -427,7 +427,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write a manifest as `manifest.json`.
 
     Args:
-        folder: Folder of the file.
+        folder: Existing folder for the file.
         manifest: Manifest of the features.
     """
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")

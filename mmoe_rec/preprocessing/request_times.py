@@ -2,7 +2,7 @@
 
 The rows of a request may be in different parts of a log. Each part is therefore reduced to runs, which are consecutive
 rows with the same request, time and user. A database groups the runs of all parts by request. All rows of a request get
-its earliest time. A file lists the rows whose time changes, and readers of the log apply this file.
+the request's earliest time. A file lists the rows whose time changes (see `LogReader.time_overrides`).
 
 The features include a record of all requests (`requests.parquet`) and hashes of all rows (`rows.parquet`), to recognize
 further rows of old requests and repeated rows in later builds.
@@ -50,16 +50,16 @@ class RequestCounts:
     """Counts and conflicts of a log's requests.
 
     Attributes:
-        count: Number of requests.
+        count: Number of requests, including requests in earlier files.
         conflicting_times: Number of requests with several times.
-        longest_microseconds: Largest difference of times within a request.
+        longest_microseconds: Largest difference between the times of a request.
         several_users: Number of requests with several users.
         continued: Number of requests that began in earlier files.
         continued_rows: Number of rows of continued requests in the new files.
         first_request_time: Time of the first request that began in the new files, in microseconds.
-        earlier: Earliest time of a new row that precedes all old rows of its request, None without such a row.
-        times_conflict: Two rows of one request with different times.
-        users_conflict: Two rows of one request with different users.
+        earlier: Earliest time of a new row before all old rows of its request, in microseconds. None without such rows.
+        times_conflict: Two rows of one request with different times, None if there are none or they are allowed.
+        users_conflict: Two rows of one request with different users, None if there are none.
     """
 
     count: int = 0
@@ -91,16 +91,16 @@ def find_requests(
 ) -> RequestCounts:
     """Find the requests of a log, with their times and users.
 
-    A log without a request column is not read. Its requests are defined by their time, so no times conflict.
+    A log without a request column is not read. User and time define its requests, so there are no conflicts.
 
     Args:
         logs: Logs of the build.
         reader: Reader of the interaction log.
         parts: Parts of the interaction log.
-        run: Function that runs tasks on the engine. It takes a function, its argument for each task, the size of each
-            task, and a description.
-        scratch: Scratch folder.
-        time_overrides: File for rows whose own time differs from the request's time, see `LogReader`.
+        run: Function that runs tasks on the engine. It takes a function, its argument for each task, the number of rows
+            of each task, and a description for the progress bar.
+        scratch: Folder for temporary files.
+        time_overrides: File to write for rows whose own time differs from the request's time, see `LogReader`.
         previous: Folder with the record of the requests in earlier files.
         requests_dir: Folder for the record of all requests. None writes no record.
 
@@ -121,8 +121,8 @@ def find_requests(
         database.copy("runs", ds.dataset(folder, _RUNS, format="ipc"))
         _group(database, requests, previous)
         if requests.conflicting_times:
-            # A row of a plain table gets the index of its split as time. So a request with rows in several splits has
-            # conflicting times.
+            # In a plain table, the time of a row is the index of its split. Different times of a request then mean
+            # several splits, which are never allowed.
             _find_first_times(
                 database, requests, time_overrides, options.on_conflicting_times == "error" or not columns.has_time
             )
@@ -160,8 +160,8 @@ def _group(database: Database, requests: RequestCounts, previous: Path | None) -
         "max(time) AS last, sum(rows)::BIGINT AS rows FROM runs GROUP BY request"
     )
     _read_previous(database, previous, _REQUESTS, _REQUESTS_SCHEMA)
-    # A new row that is earlier than all old rows of its request would change the time of the request. This is too late,
-    # because the old rows are already encoded.
+    # A new row that is earlier than all old rows of its request would change the request's time, but the old rows are
+    # already encoded with their own first time. Such a request doesn't count as continued.
     requests.continued, requests.continued_rows = database.row(
         "SELECT count(*), coalesce(sum(current.rows), 0)::BIGINT FROM current JOIN previous USING (request) "
         "WHERE current.first >= previous.first"
@@ -193,7 +193,7 @@ def _find_first_times(database: Database, requests: RequestCounts, path: Path, f
 
 
 def _find_conflict(database: Database, column: str, runs: str) -> Conflict | None:
-    """Return the first row that differs from its request's value (`agreed`), after a row that has this value."""
+    """Return two rows of one request: the first with the request's value (`agreed`), and the first with another."""
     conflicting, request = database.row(f'SELECT min(row), arg_min(request, row) {runs} WHERE "{column}" <> agreed')
     if conflicting is None:
         return None
@@ -213,7 +213,7 @@ def _read_previous(database: Database, folder: Path | None, name: str, columns: 
 
 
 def check_requests(log: Log, requests: RequestCounts) -> None:
-    """Raise UserError if a request has conflicting users, times or splits.
+    """Raise UserError if `find_requests` found a request with conflicting users, times or splits.
 
     Args:
         log: Interaction log.
@@ -254,20 +254,21 @@ def _locate(log: Log, row: int) -> str:
 def check_duplicates(
     logs: Logs, sent: Path, scratch: Path, excluded_rows: Path, previous: Path | None, requests_dir: Path | None
 ) -> bool:
-    """Find rows that repeat the request and candidate of another row.
+    """Find rows that repeat the request and candidate of another row, unless the options allow them.
 
-    If new rows repeat rows of earlier files, write their numbers to `excluded_rows`. Rows must then be counted again.
+    If new rows repeat rows of earlier files, write the numbers of the new rows to `excluded_rows`. The logs must then
+    be counted again without these rows.
 
     Args:
         logs: Logs of the build.
-        sent: Folder of Arrow files with the hash (`key`) and the number (`row`) of all rows.
-        scratch: Folder for a database.
-        excluded_rows: File of rows that a `LogReader` skips.
+        sent: Folder of Arrow files with the hash (`key`) and the number (`row`) of each row.
+        scratch: Folder for temporary files.
+        excluded_rows: File to write, for `LogReader.excluded_rows`.
         previous: Folder with the hashes of the rows in earlier files.
         requests_dir: Folder for the hashes of all rows. None writes no hashes.
 
     Returns:
-        Whether rows must be counted again.
+        Whether the logs must be counted again.
 
     Raises:
         UserError: A row repeats another row of the new files.

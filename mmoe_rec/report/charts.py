@@ -1,6 +1,6 @@
-"""Figures of pages, drawn with Matplotlib.
+"""Figures for HTML reports, drawn with Matplotlib.
 
-The colors are those of the light theme in `templates/style.css`. In a page they become CSS variables such as
+`COLORS` repeats the light theme in `templates/style.css`. In a page, these colors become CSS variables such as
 `var(--train)`, so that figures follow the switch between light and dark.
 """
 
@@ -41,7 +41,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def style_axes(axes: Axes) -> Axes:
-    """Give axes a light grid, no ticks, and a frame only at the left and bottom."""
+    """Give `axes` a light grid, no ticks, and a frame only at the left and bottom, and return them."""
     axes.grid(color=COLORS["line"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.patch.set_visible(False)
@@ -69,10 +69,10 @@ def to_svg(drawn: Figure, label: str) -> str:
     box = document.partition('viewBox="')[2].partition('"')[0]
     text = document.partition("<svg")[2].partition(">")[2].replace("xlink:href", "href")
     text = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>|<!--.*?-->", "", text, flags=re.DOTALL)
-    # Matplotlib's default IDs repeat in every figure. Keep only IDs that are referenced.
+    # Matplotlib's default IDs, such as `figure_1`, would occur in every figure of a page. Keep only referenced IDs.
     used = set(re.findall(r'(?:href="|url\()#(\w+)', text))
     text = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", text)
-    # Round coordinates to a hundredth of a point.
+    # Cut coordinates after the hundredths of a point.
     coordinates = re.compile(r'(?<= )(?:d|x|y|transform)="[^"]*"')
     text = coordinates.sub(lambda match: re.sub(r"(\.\d\d)\d+", r"\1", " ".join(match[0].split())), text)
     text = re.sub(r"#[0-9a-f]{6}", lambda match: _CSS_VARIABLES.get(match[0], match[0]), text)

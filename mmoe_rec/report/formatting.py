@@ -14,7 +14,7 @@ _MAX_DECIMALS = 7
 
 
 def format_percent(fraction: float | None) -> str:
-    """Format a fraction as a percentage. Values near 0 and 1 stay distinct from them, as "<0.1%" and ">99.9%"."""
+    """Format a fraction as a percentage, "<0.1%" just above 0, ">99.9%" just below 1. None gives `NO_VALUE`."""
     if fraction is None:
         return NO_VALUE
     if 0 < fraction < 0.001:
@@ -44,13 +44,13 @@ def format_rate(value: float | None, kind: str) -> str:
 
     Args:
         value: Mean label.
-        kind: Kind of the task.
+        kind: Kind of the task, "binary" or "regression".
     """
     return NO_VALUE if value is None else KINDS[kind].format_mean(value)
 
 
 def describe_conflicting_times(requests: Mapping[str, Any] | None) -> str | None:
-    """Describe how many requests have several times, from the `requests` of a manifest. None if there are none."""
+    """Describe how many requests have several times, None if none has. `requests` is from the features' manifest."""
     if not requests or not requests["conflicting_times"]:
         return None
     longest = requests["longest_microseconds"]
@@ -66,15 +66,15 @@ def describe_pending_labels(task: str, labels: int, label_cutoff: str | None) ->
 
     Args:
         task: Name of the task.
-        labels: Number of labels.
-        label_cutoff: Time up to which the log has events, in ISO format.
+        labels: Number of labels that don't count.
+        label_cutoff: Time at which labels had to be final, in ISO 8601 (UTC).
     """
     noun, was, verb = ("label", "was", "does") if labels == 1 else ("labels", "were", "do")
     return f"{labels:,} {noun} of {task} {was} not final by {format_minute(label_cutoff)} UTC and {verb} not count"
 
 
 def format_duration(microseconds: int) -> str:
-    """Format microseconds in the largest unit that gives at least 2."""
+    """Format a duration in days, hours, minutes or seconds: the largest unit that gives at least 2."""
     for unit, unit_microseconds in (("days", 86_400e6), ("hours", 3_600e6), ("minutes", 60e6), ("seconds", 1e6)):
         if microseconds >= 2 * unit_microseconds:
             return f"{microseconds / unit_microseconds:.1f} {unit}"
@@ -89,8 +89,8 @@ def format_minute(time: str | None) -> str:
 def format_signed(*values: float, sign: bool = True) -> list[str]:
     """Format related numbers, such as a difference and the ends of its interval, with equally many decimals.
 
-    Numbers get four decimals, or two significant digits if all are small. They get more if a number would otherwise
-    look like 0. If the largest number is at least 1,000, all are rounded to integers.
+    Numbers get four decimals, or more if all are small (two significant digits) or if a number would otherwise look
+    like 0. If the largest number is at least 1,000, all are rounded to integers.
 
     Args:
         values: The numbers.
@@ -109,5 +109,5 @@ def format_signed(*values: float, sign: bool = True) -> list[str]:
 
 
 def _exponent(size: float) -> int:
-    """Return the exponent of ten in scientific notation with two digits."""
+    """Return the exponent of ten of `size` in scientific notation, after rounding to two digits."""
     return int(f"{size:.1e}".partition("e")[2]) if math.isfinite(size) else 0

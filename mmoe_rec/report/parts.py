@@ -20,7 +20,7 @@ class Cell:
     Attributes:
         text: The value.
         detail: A note on the value, such as its interval.
-        mark: Color of the value.
+        mark: Meaning of the value, which determines its color.
     """
 
     text: str
@@ -34,15 +34,15 @@ Row = tuple[Cell | str, ...]
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
+    """A table of a report.
 
     Attributes:
         title: Title of the table.
         header: Names of the columns.
-        rows: Rows of cells.
+        rows: Rows to show.
         note: A sentence on how to read the table.
         text_columns: Number of leading columns with text. The columns after them have numbers.
-        folded: Further rows, which the page folds and the terminal omits.
+        folded: Further rows, which the page hides until a reader unfolds them and the terminal omits.
         page_only: Whether the terminal omits the table.
     """
 
@@ -57,7 +57,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of a page.
+    """A figure of an HTML report.
 
     Attributes:
         title: Title above the figure.
@@ -77,12 +77,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence without its period.
+    """A sentence of a report.
 
     Attributes:
-        text: The sentence, with code between backticks.
+        text: The sentence without its period, with code between backticks.
         mark: Color of the sentence. `warning`, `problem` and `note` also precede the sentence as a word.
-        label: A word that replaces the mark on a page, such as a name of a check.
+        label: Text before the sentence in the HTML report, such as the name of a check. It replaces the word of `mark`.
         page_only: Whether the terminal omits the sentence.
     """
 
@@ -99,13 +99,13 @@ class Report:
     Attributes:
         title: Title of the page.
         headline: The most important result.
-        figures: Figures, shown first.
+        figures: Figures, which the page shows before the tables.
         tables: Tables.
         sentences: Verdicts, findings and notes, the most important first.
         mark: Color of the headline.
         about: A sentence on the data or model behind the results.
-        facts: Name -> text, such as the log and its number of rows.
-        measures: Name of a measure -> definition.
+        facts: Name -> text about the rows behind the results, such as the log and its number of rows.
+        measures: Name of a measure -> its definition.
         identity: Inputs of the results by name: `features` (fingerprint), `model` (version), `settings` (dictionary).
     """
 
@@ -125,7 +125,7 @@ _STYLES: dict[Mark, str] = {"good": "bold green", "best": "bold", "warning": "ye
 
 
 def to_terminal(report: Report) -> Iterator[RenderableType]:
-    """Yield the terminal output of a report: tables, then the headline and the sentences, so the verdict is last."""
+    """Yield the terminal output of a report: tables, then headline and sentences, so that the verdict is last."""
     yield from (to_rich(table) for table in report.tables if table.rows and not table.page_only)
     if report.headline:
         yield Text(report.headline, style=_STYLES.get(report.mark, "bold"))

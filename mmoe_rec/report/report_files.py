@@ -23,7 +23,7 @@ _ENVIRONMENT.filters["sentence"] = lambda text: text[:1].upper() + text[1:].rstr
 
 
 def to_html(report: Report) -> str:
-    """Return the page of a report with all texts escaped."""
+    """Return the HTML page of a report. All texts are escaped."""
     return _ENVIRONMENT.get_template("report.html.j2").render(report=report)
 
 
@@ -43,7 +43,7 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def read_report(folder: Path) -> Report | None:
-    """Read the report of a folder. Returns None if there is no readable report."""
+    """Read the `report.json` of a folder. Returns None if there is no readable report."""
     try:
         return _ADAPTER.validate_json((folder / REPORT_JSON).read_bytes())
     except (OSError, ValidationError):
