@@ -381,7 +381,7 @@ class RowValidator:
             try:
                 rows.labels(task, _FOREVER)
             except UserError as error:
-                raise RequestError(f"task '{name}' can't be read: {_shorten(error)}") from None
+                raise RequestError(f"the labels of task '{name}' can't be read: {_shorten(error)}") from None
 
 
 def _required_columns(schema: Schema) -> set[str]:

@@ -408,9 +408,12 @@ class _Join:
         )
 
     def _find_labels(self, until: int) -> None:
-        """Create the table of candidates with labels.
+        """Create the table of candidates with labels, and count the labeled rows that `_write` will write.
 
         The first label has the columns `l0` (the label) and `n0` (the number of events in its attribution window).
+
+        Args:
+            until: Last request time to count, in microseconds. The table has the candidates of later requests too.
         """
         labels, selected = list(enumerate(self.labels.sources.items())), list[str]()
         query = "candidates"

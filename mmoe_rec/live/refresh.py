@@ -172,7 +172,7 @@ def _register(settings: Settings, served: CurrentModel, tables: WrittenTables, a
             versions = f"version{'s' * (len(removed) > 1)} {', '.join(removed)} of earlier refreshes"
             say(f"removed, with all files: {versions} (tracking.keep_versions: {keep})")
     except UserError as error:
-        say(f"{error}: the next refresh removes older versions of refreshes")
+        say(f"{error}: old model versions of earlier refreshes may remain, and the next refresh removes them")
     return RefreshResult(served, current, number, tables)
 
 

@@ -401,7 +401,7 @@ class IncludedFiles:
         return [_changes(included, log) for included, log in zip(self.logs, logs.all, strict=False)]
 
     def with_new(self, logs: Logs, spans: Spans) -> "IncludedFiles":
-        """Return this record with the files of `logs` added. Earlier skipped files stay listed while they exist.
+        """Return this record with the files of `logs` added. Files skipped earlier stay listed while the log has them.
 
         Args:
             logs: Logs with only the new files.

@@ -66,9 +66,11 @@ def measure_baselines(
 
 
 def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, PredictedRows], dict[str, str]]:
-    """Return test predictions by baseline, and facts for the report, as from `fit_trees_per_task`.
+    """Train the baselines and predict the test rows.
 
-    Without a column of candidates, there is no popularity baseline.
+    Returns:
+        Predictions by the name of the baseline (no popularity baseline if the log has no column of candidates), and
+        facts for the report: "gradient boosting of TASK" -> description of the trees.
     """
     layout = ModelLayout.of(prepared.layout, settings)
     train_rows, held_out = read_tree_inputs(settings, prepared, layout)

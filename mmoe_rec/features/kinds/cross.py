@@ -24,7 +24,10 @@ class CrossFeature(Feature, EmbeddingChoices):
         return dict.fromkeys(self.columns, "key")
 
     def semantics(self, schema: Schema) -> InputSemantics:
-        """Describe each table row as a bucket. Rows of the log with missing values fall into buckets too."""
+        """Name each row of the embedding table by its number: "bucket 7". No row stands for a missing value.
+
+        A missing value is hashed like any other value.
+        """
         return InputSemantics(self.columns, lambda table, row: f"bucket {row}", missing=False)
 
 
