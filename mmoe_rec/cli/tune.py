@@ -11,9 +11,10 @@ More runs compare the choice with the settings, on the evaluation rows. If the c
 overrides to adopt and writes them to `data.work_dir`/tuning/best.yaml. Otherwise best.yaml contains the settings
 unchanged. The search never reads test rows.
 
---minutes limits trials and confirmation together. If little time is left, the fit alone chooses the values, and fewer
-runs confirm the choice. At least 3 runs confirm it even if they exceed the time. To resume after an interruption,
-repeat the command. Finished trials and runs are kept.
+--minutes limits trials and confirmation together. Confirmation has up to half of the time, for up to three times
+--seeds runs. If little time is left, the fit alone chooses the values, and fewer runs confirm the choice. At least 3
+runs confirm it even if they exceed the time. To resume after an interruption, repeat the command. Finished trials and
+runs are kept.
 """
 
 from pathlib import Path

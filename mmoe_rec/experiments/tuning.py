@@ -36,8 +36,11 @@ from mmoe_rec.tracking.client import UnreachableError
 TUNING_FOLDER, BEST_FILE = "tuning", "best.yaml"
 SELECTION_SEEDS = 2
 """Number of runs of each candidate that choose a candidate. Other seeds confirm the choice."""
-MIN_CONFIRMATION_SEEDS = 3
-"""Minimum runs that confirm a candidate, even if time is short. The interval of two runs is too wide to show a gain."""
+MIN_CONFIRMATION_SEEDS, SPARE_TIME_FACTOR = 3, 3
+"""Minimum runs that confirm a candidate, and the factor by which spare time may increase their number.
+
+The interval of two runs is too wide to show a gain. On small logs, the interval of five runs misses small gains too.
+"""
 MAX_FAILURES = 10
 """Number of consecutive trials without a result that ends the search."""
 TRIAL_SEED_OFFSET, CANDIDATE_SEED_OFFSET = 1000, 100_000
@@ -67,19 +70,21 @@ def tune_settings(settings: Settings, minutes: float | None, trials: int | None,
     with open_runner(settings, "tune", "validation", ValidationPart.EVALUATION, TUNING_FOLDER) as runner:
         space = settings.tuning.search or default_space(settings, runner.prepared.manifest["splits"]["train"]["rows"])
         study = Study(runner, space)
-        max_reserved_seconds, runs_after = 0.0 if minutes is None else 30 * minutes, 2 * (SELECTION_SEEDS + seeds)
-        study.run(end, max_reserved_seconds, trials, runs_after)
+        max_reserved_seconds, max_runs = (0.0, seeds) if minutes is None else (30 * minutes, SPARE_TIME_FACTOR * seeds)
+        study.run(end, max_reserved_seconds, trials, 2 * (SELECTION_SEEDS + max_runs))
         completed = study.completed_trials()
         effects = estimate_effects(space, completed)
         candidates = _list_candidates(settings, space, completed, effects)
         seconds, notes = mean_seconds(_finished_trials(study.study)), [study.describe()]
         variant = candidates[-1] if candidates else BASE_VARIANT
-        if len(candidates) > 1 and runs_after * seconds <= end - time.time():
+        if len(candidates) > 1 and 2 * (SELECTION_SEEDS + seeds) * seconds <= end - time.time():
             variant = _choose(runner, candidates)
         elif len(candidates) > 1:
             notes.append("the time was too short for runs that compare the best trial with the fit: the fit was chosen")
-        runs = limit_seeds(seconds, end - time.time(), seeds) if candidates else min(seeds, MIN_CONFIRMATION_SEEDS)
-        report = train_and_compare(runner, [BASE_VARIANT, variant] if candidates else [BASE_VARIANT], runs, 0.0)
+        compared = [BASE_VARIANT, variant] if candidates else [BASE_VARIANT]
+        min_runs = min(seeds, MIN_CONFIRMATION_SEEDS)
+        runs = _train_until(end, runner, compared, min_runs, max_runs if candidates else min_runs)
+        report = train_and_compare(runner, compared, runs, 0.0)
         header = ("setting", "value", "trials", "effect")
         rows = [
             (name, level, str(count), format_signed(effect)[0])
@@ -322,17 +327,14 @@ def mean_seconds(finished: Sequence[Any]) -> float:
     return float(np.mean([trial.user_attrs[_SECONDS] for trial in complete])) if complete else 0.0
 
 
-def limit_seeds(seconds: float, seconds_left: float, seeds: int) -> int:
-    """Return how many runs of each of two variants fit into the time, at least 3 unless `seeds` is lower.
-
-    Args:
-        seconds: Seconds of a run.
-        seconds_left: Seconds for all runs.
-        seeds: Desired number of runs of each variant.
-    """
-    if 2 * seeds * seconds <= seconds_left:
-        return seeds
-    return min(seeds, max(MIN_CONFIRMATION_SEEDS, int(seconds_left / (2 * seconds))))
+def _train_until(end: float, runner: Runner, variants: Sequence[Variant], min_runs: int, max_runs: int) -> int:
+    """Train runs of each variant while another run is expected to end before `end`. Return their number."""
+    runs, seconds = 0, 0.0
+    while runs < min_runs or (runs < max_runs and time.time() + seconds <= end):
+        start = time.time()
+        runner.train(variants, [runner.settings.training.seed + runs])
+        runs, seconds = runs + 1, time.time() - start
+    return runs
 
 
 def _finished_trials(study: Any) -> list[Any]:

@@ -1,7 +1,6 @@
 """The search for settings: the fit of effects, trials that stop, fail or are killed, and the confirmation."""
 
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,6 @@ from mmoe_rec.experiments.tuning import (
     default_space,
     discretize,
     estimate_effects,
-    limit_seeds,
     mean_seconds,
 )
 from mmoe_rec.settings.load import load_settings
@@ -176,23 +174,30 @@ def test_the_confirmation_has_its_part_of_the_time() -> None:
     ):
         assert can_start_trial(ended, seconds, half, trials, 8) == expected
     assert can_start_trial([], 1, 0, None, 8)
-    assert [limit_seeds(10, seconds, 5) for seconds in (100, 99, 61, 39, -1)] == [5, 4, 3, 3, 3]
-    assert [limit_seeds(10, *item) for item in ((0, 2), (0, 4), (math.inf, 5))] == [2, 3, 5]
     behind = SimpleNamespace(user_attrs={"seconds": 1.0}, state=SimpleNamespace(name="PRUNED"))
     assert [mean_seconds(item) for item in ([*ended, behind], [behind], [])] == [10, 1, 0]
 
 
-def test_a_short_time_confirms_with_fewer_runs(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_sets_the_number_of_confirming_runs(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(study: Study, trial: Any, variant: Variant) -> float:
         clock.value += 15
         return by_experts()(study, trial, variant)
 
-    clock = SimpleNamespace(value=0.0)
+    def train_runs(runner: Runner, variants: Any, seeds: Any) -> Any:
+        clock.value += seconds * len(variants) if len(seeds) == 1 else 0
+        return train_variants(runner, variants, seeds)
+
+    clock, seconds, train_variants = SimpleNamespace(value=0.0), 15, Runner.train
+    monkeypatch.setattr(Runner, "train", train_runs)
     monkeypatch.setattr(tuning, "time", SimpleNamespace(time=lambda: clock.value, monotonic=lambda: clock.value))
     code, out, err = tune(EXPERTS, train, "--minutes", 2, "--seeds", 4, "--training.seed", 44)
     assert code == 0, err
     assert "3 trials: " in out, "their time is the first half"
     assert "the time was short: 3 instead of 4 runs confirmed the result" in out
+    clock.value, seconds = 0, 7
+    code, out, err = tune(EXPERTS, train, "--minutes", 2, "--seeds", 2, "--training.seed", 45)
+    assert code == 0, err
+    assert "5 runs of each" in out, "75 seconds remain, and a run of each variant takes 14"
 
 
 def test_a_search_without_any_result_ends(tune: Any) -> None:
