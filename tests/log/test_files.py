@@ -302,7 +302,7 @@ _INSIDE = [
     ("work/features", "work"),
     ("work/features/encoded/train", "work"),
 ]
-_APART = [
+_SEPARATE = [
     ("log", "work"),
     ("log", "log-work"),
     ("log", "log/.work"),  # hidden
@@ -315,7 +315,7 @@ _APART = [
 
 
 @pytest.mark.parametrize("there", [False, True])
-@pytest.mark.parametrize(("source", "work", "inside"), [(*e, True) for e in _INSIDE] + [(*e, False) for e in _APART])
+@pytest.mark.parametrize(("source", "work", "inside"), [(*e, True) for e in _INSIDE] + [(*e, False) for e in _SEPARATE])
 def test_whether_a_log_takes_in_what_is_not_there_yet(tmp_path, monkeypatch, source, work, inside, there):
     for name in ("log/0", "log/day=1/1", "elsewhere/2"):
         _write(f"{tmp_path}/{name}.parquet")

@@ -28,7 +28,7 @@ TASKS = len(LAYOUT.tasks)
 EXPERTS = 4
 
 
-class Told(torch.nn.Module):
+class Reported(torch.nn.Module):
     """A model that takes its logits and gates from the batch's dense inputs."""
 
     experts_in_use = torch.ones(TASKS, EXPERTS, dtype=torch.bool)
@@ -54,7 +54,7 @@ def validated(
     weights: np.ndarray | None = None,
 ) -> Validation:
     """Validates (N, T) logits and labels (NaN is unobserved), (N, T, E) gates, (N,) weights, in batches."""
-    model = Told()
+    model = Reported()
     dense = np.concatenate([logits, gates.reshape(len(logits), -1)], axis=1).astype(np.float32)
     batches = []
     for rows in np.array_split(np.arange(len(logits)), parts):
