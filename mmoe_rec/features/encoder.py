@@ -92,6 +92,8 @@ class Encoder(ABC):
         counts: Statistics that `partial_fit` collects, such as `IdCounts`. Workers collect them from parts of a log
             and merge them in any order. None if the encoder needs no statistics or uses another feature's
             vocabulary.
+        numbers: Mean and standard deviation of each number that a build step computes for whole keys or requests, by
+            result name.
     """
 
     counts: Any = None
@@ -105,6 +107,7 @@ class Encoder(ABC):
             context: Objects that the encoders of the pipeline share.
         """
         self.name, self.feature = name, feature
+        self.numbers: dict[str, DenseNumber] = {}
 
     @abstractmethod
     def input_spec(self) -> InputSpec:
@@ -124,6 +127,13 @@ class Encoder(ABC):
 
     def finish_fit(self) -> None:  # noqa: B027
         """Compute the vocabulary, or the mean and standard deviation, from `counts`."""
+
+    def partial_fit_results(self, results: "LookupResults") -> None:
+        """Count the statistics in the `results` of training rows for `numbers`."""
+        for name, number in self.numbers.items():
+            values = results[name]
+            assert isinstance(values, np.ndarray)
+            number.histogram.add(values)
 
     def state(self) -> State:
         """Return the fitted state."""
@@ -199,7 +209,6 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
         key_columns: Columns whose values form the key. A row sees the events with the same key.
         label: Name of the task if a lookup and its label are enough to build the event. Workers then send a row once,
             as a lookup with a label. None if workers send lookups and events separately.
-        numbers: Mean and standard deviation of each statistic, by result name.
         store: Event store in which `look_up` searches.
     """
 
@@ -219,7 +228,6 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
         # Every row of an event log counts as a positive row of the task `EVENT_TASK`.
         self.task = EVENT_TASK if feature.task is None else context.schema.tasks[feature.task]
         self.label_delay_us = label_delay(self.task, context.schema)
-        self.numbers: dict[str, DenseNumber] = {}
         self.store = self.empty()
 
     @abstractmethod
@@ -297,13 +305,6 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
             values: (N,) values of the statistic.
         """
         return values.astype(np.float32)
-
-    def partial_fit_results(self, results: LookupResults) -> None:
-        """Count the statistics in the `results` of training rows for `numbers`."""
-        for name, number in self.numbers.items():
-            values = results[name]
-            assert isinstance(values, np.ndarray)
-            number.histogram.add(values)
 
     def look_up(self, rows: LogRows) -> LookupResults:
         """Return the results that a worker attached to the rows, or else look them up in `store`."""

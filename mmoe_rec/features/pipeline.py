@@ -17,6 +17,7 @@ from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.encoder import Encoder, EncoderContext, Inputs, PointInTimeEncoder, State
 from mmoe_rec.features.kinds import FEATURE_KINDS, parse_schema
 from mmoe_rec.features.kinds.counter import MAX_LABEL_SUM
+from mmoe_rec.features.kinds.relative import RelativeEncoder
 from mmoe_rec.features.layout import DenseInput, EncodedInputs, IdInput, Layout, TableSpec, TaskOutput
 from mmoe_rec.features.numeric_statistics import NumberHistogram
 from mmoe_rec.features.vocabulary import Vocabulary, VocabularyFeature
@@ -130,6 +131,11 @@ class FeaturePipeline:
         return {name: encoder for name, encoder in self.encoders.items() if isinstance(encoder, PointInTimeEncoder)}
 
     @property
+    def relative_encoders(self) -> list[RelativeEncoder]:
+        """Features that compare the candidates of a request."""
+        return [encoder for encoder in self.encoders.values() if isinstance(encoder, RelativeEncoder)]
+
+    @property
     def key_groups(self) -> dict[str, list[PointInTimeEncoder[Any]]]:
         """Counters and histories in groups with the same key, by the name of each group's first feature."""
         groups: dict[tuple[str, ...], list[PointInTimeEncoder[Any]]] = {}
@@ -199,8 +205,8 @@ class FeaturePipeline:
         return {name: vocabulary.grow() for name, vocabulary in self.vocabularies.items()}
 
     def finish_fit_results(self) -> None:
-        """Compute the mean and standard deviation of each statistic of a counter."""
-        for encoder in self.point_in_time_encoders.values():
+        """Compute the mean and standard deviation of each statistic of a counter and of each relative number."""
+        for encoder in self.encoders.values():
             for number in encoder.numbers.values():
                 number.finish_fit()
 
@@ -225,15 +231,37 @@ class FeaturePipeline:
     def inputs(self, rows: LogRows) -> Inputs:
         """Return the inputs of N rows by name. Columns of `roles.placement` may be absent, as in serving."""
         all_inputs = Inputs()
-        for encoder in self.encoders.values():
+        for encoder in self._in_order:
             all_inputs.add(self._encode(encoder, rows))
         return all_inputs.standardized()
+
+    @property
+    def _in_order(self) -> list[Encoder]:
+        """All encoders. Relative features come last, because they read the results of counters."""
+        return sorted(self.encoders.values(), key=lambda encoder: isinstance(encoder, RelativeEncoder))
+
+    def numbers_to_compare(self, rows: LogRows) -> dict[str, np.ndarray]:
+        """Return column or counter -> its numbers in N rows, (N,) float64, for all relative features."""
+        encoders = self.relative_encoders
+        counters = {counter for encoder in encoders for counter in encoder.feature.counters}
+        for counter in self.point_in_time_encoders.values():
+            if counters & counter.numbers.keys():
+                counter.encode(rows)  # Adds the results to `rows.results`.
+        return {name: values for encoder in encoders for name, values in encoder.numbers_to_compare(rows).items()}
+
+    def compare_candidates(self, rows: LogRows) -> None:
+        """Add relative features to `rows.results`, unless they are there. `rows` have all rows of each request."""
+        encoders = [encoder for encoder in self.relative_encoders if not rows.results.keys() >= encoder.numbers.keys()]
+        if encoders:
+            numbers, requests = self.numbers_to_compare(rows), rows.request_codes()
+            for encoder in encoders:
+                rows.results |= encoder.compare(numbers, requests)
 
     def request_inputs(self, rows: RequestRows) -> tuple[Inputs, Inputs]:
         """Return the inputs of R requests (features of user and context) and of N candidates (other features)."""
         of_requests, of_candidates = Inputs(), Inputs()
-        for name, encoder in self.encoders.items():
-            in_request = name in self._request_features
+        for encoder in self._in_order:
+            in_request = encoder.name in self._request_features
             inputs, source = (of_requests, rows.shared) if in_request else (of_candidates, rows)
             inputs.add(self._encode(encoder, source))
         return of_requests.standardized(), of_candidates.standardized()

@@ -25,7 +25,6 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.devices import limit_threads
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoder import LookupResults
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import ResolvedModel, artifact_version, read_artifact, tables_as_of_us
 from mmoe_rec.inference.ranking import ROW_NUMBER_COLUMN, prediction_columns, scored_table
@@ -56,7 +55,7 @@ from mmoe_rec.preprocessing.build_steps import (
     open_reader,
     open_results,
 )
-from mmoe_rec.preprocessing.look_up import ResultExchange, ResultReader
+from mmoe_rec.preprocessing.look_up import COMPARED_GROUP, ResultExchange, ResultReader
 from mmoe_rec.preprocessing.prepare import compute_fingerprint
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.load import load_settings, parse_overrides
@@ -206,6 +205,7 @@ class _Scoring:
         """With `as_of` "log", look up counters and histories. Returns the log's `first` and `last` request time."""
         if self.as_of == "tables":
             steps.find_requests()
+            steps.compare(self.pipeline, prepare=partial(_look_up_in_tables, self.artifact))
             return {"first": None}
         counted, stores = steps.count(statistics=False), steps.scratch / "compacted"
         if not counted.rows["scored"]:
@@ -227,7 +227,7 @@ class _Scoring:
             version=self.constants["model_version"],
             matmul_backend=self.matmul_backend,
             reader=open_reader(scratch, self.logs.log),
-            results=open_results(scratch, self.logs.log) if self.as_of == "log" else None,
+            results=open_results(scratch, self.logs.log),
             window=self.window,
             labels_as_of=facts["last"] if self.labels else None,
             extra_columns=self.extra_columns,
@@ -297,7 +297,7 @@ class _ScoreJob:
     version: str
     matmul_backend: str
     reader: LogReader
-    results: ResultExchange | None  # Counters and histories of the rows. None uses the tables of the model.
+    results: ResultExchange  # Relative features of the rows, and counters and histories unless the model has them.
     window: Window
     labels_as_of: int | None  # Labels not final at this time (microseconds) are null. None: no labels.
     extra_columns: tuple[str, ...]
@@ -313,6 +313,15 @@ def _load(folder: Path) -> "Ranker":
     from mmoe_rec.inference.ranker import Ranker
 
     return Ranker.load(folder)
+
+
+def _look_up_in_tables(folder: Path, rows: LogRows) -> LogRows:
+    """Add absent attributes, and the counters that relative features compare, from the tables of a model."""
+    with _LOAD_LOCK:
+        ranker = _load(folder)
+    rows = ranker.reader.fill_attributes(rows)
+    ranker.pipeline.numbers_to_compare(rows)
+    return rows
 
 
 _RANK_KEYS = pa.schema(
@@ -341,7 +350,7 @@ def _score_part(job: _ScoreJob, task: tuple[int, LogPart]) -> pa.Table:
     if ranker.version != job.version:
         raise UserError(f"The model in '{job.model}' was replaced while rows were scored. Start the command again.")
     ranker.scorer.set_matmul_backend(choose_serving_backend(job.matmul_backend))
-    results = None if job.results is None else ResultReader(job.results, list(ranker.pipeline.key_groups))
+    results = ResultReader(job.results, [*ranker.pipeline.key_groups, COMPARED_GROUP])
     writer, ranked = None, [_RANK_KEYS.empty_table()]
     with pa.OSFile(str(_scored_file(job.folder, number)), "wb") as file:
         for rows in read_window(job.reader, results, job.window, part):
@@ -468,18 +477,17 @@ def _read_schema(schema: Schema, settings: Settings, as_of: AsOf, missing: Colle
     )
 
 
-def read_window(reader: LogReader, results: ResultReader | None, window: Window, part: LogPart) -> Iterator[LogRows]:
+def read_window(reader: LogReader, results: ResultReader, window: Window, part: LogPart) -> Iterator[LogRows]:
     """Yield the rows of a part that are in the window, in batches.
 
     Args:
         reader: Reader of the log.
-        results: Reads counters and histories that `BuildSteps` looked up. None yields rows without them.
+        results: Reader of the results of features that `BuildSteps` computed.
         window: First request time and end (exclusive) in microseconds, None for no bound.
         part: Part of the log.
     """
     for rows in reader.read(part):
         inside = rows.filter(in_window(rows.times(), window))
         if len(inside):
-            looked_up: LookupResults = {} if results is None else results.of(inside.row_numbers)
-            inside = LogRows(inside.table, rows.schema, looked_up, inside.row_numbers)
+            inside = LogRows(inside.table, rows.schema, results.of(inside.row_numbers), inside.row_numbers)
             yield from inside.iter_batches(FEATURE_BATCH_ROWS)

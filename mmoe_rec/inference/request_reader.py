@@ -448,17 +448,20 @@ def read_rows(pipeline: FeaturePipeline, rows: LogRows | pa.Table | pd.DataFrame
         return rows
     schema, table = pipeline.schema, _as_table(rows)
     roles = schema.input_columns()
-    if missing := [name for name, role in roles.items() if role != "placement" and name not in table.column_names]:
+    required = [name for name, role in roles.items() if role != "placement"]
+    request = schema.columns.request if pipeline.relative_encoders else None
+    required += [request] if request else []
+    if missing := [name for name in required if name not in table.column_names]:
         raise UserError(f"the rows have no column {', '.join(map(repr, missing))}, which the model's features read")
     uses, names = column_uses(schema), schema.columns
     columns = {name: table[name] for name in table.column_names}
-    for name in roles.keys() & columns.keys():
+    for name in {*roles, *required} & columns.keys():
         values = columns[name] = canonicalize(name, uses[name], table[name], names.time_unit)
         dtype = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
         expected = pipeline.key_types.get(name)
         if expected is not None and not pa.types.is_null(dtype) and str(dtype) != expected:
             problem = f"column '{name}' of the rows holds {dtype}"
             raise UserError(f"{problem}, but the model was trained on a log with {expected}")
-        if name in (names.user, names.candidate, names.time) and values.null_count:
+        if name in (names.user, names.candidate, names.time, request) and values.null_count:
             raise UserError(f"column '{name}' of the rows is null in {values.null_count:,} of {len(values):,} rows")
     return LogRows(pa.table(columns), schema)

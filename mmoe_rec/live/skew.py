@@ -32,7 +32,7 @@ from mmoe_rec.log.rows import LogRows, reject_plain_table
 from mmoe_rec.model.score import add_joint_predictions, scores_from_log_scores
 from mmoe_rec.preprocessing.build_inputs import Logs, open_model_logs
 from mmoe_rec.preprocessing.build_steps import BuildSteps, open_reader, open_results
-from mmoe_rec.preprocessing.look_up import ResultReader
+from mmoe_rec.preprocessing.look_up import COMPARED_GROUP, ResultReader
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.task_kinds.task_kind import MIN_LINEAR_PREDICTION
@@ -209,7 +209,7 @@ def _score_offline(logs: Logs, model: Path, window: tuple[int, int], scratch: Pa
         steps.look_up(ranker.pipeline, stores, end=last + 1, training=None)
         steps.move_results(kept)
     reader = open_reader(kept, steps.logs.log)
-    results = ResultReader(open_results(kept, steps.logs.log), list(ranker.pipeline.key_groups))
+    results = ResultReader(open_results(kept, steps.logs.log), [*ranker.pipeline.key_groups, COMPARED_GROUP])
     with limit_threads(1):
         for part in steps.parts:
             parts += [_score(ranker, rows) for rows in read_window(reader, results, window, part)]

@@ -173,6 +173,10 @@ class LogRows:
             return hash_column(self.requests())
         return self.hashes([columns.request] if columns.request_scope == "log" else [columns.user, columns.request])
 
+    def request_codes(self) -> np.ndarray:
+        """Return (N,) int64 codes of the requests. Codes start at 0, and rows of one request have the same code."""
+        return np.unique(self.request_hashes(), return_inverse=True)[1]
+
     def row_hashes(self) -> np.ndarray:
         """Return a hash of each row's request and candidate, (N,) uint64. Repeated rows have equal hashes."""
         return combine_hashes([self.request_hashes(), self.hashes([self.schema.columns.candidate])])
@@ -312,6 +316,9 @@ class RequestRows(ServingRows):
         super().__init__(columns, len(request_index), shared.schema)
         self.shared, self.request_index = shared, request_index
         self._spread: dict[str, pa.Array] = {}
+
+    def request_codes(self) -> np.ndarray:
+        return self.request_index
 
     def has_column(self, name: str) -> bool:
         return name in self._columns or self.shared.has_column(name)

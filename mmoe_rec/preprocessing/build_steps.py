@@ -4,6 +4,7 @@
     requests  a part of the log      the time of each request (see `mmoe_rec.preprocessing.request_times`)
     count     a part of a log        merged counts, and files with the events and lookups of each partition of keys
     look up   a partition of keys    event stores, and files with the results for each block of rows
+    compare   a part of the log, and then a partition of requests: relative features, as files like those of `look up`
     encode    a part of the log      encoded rows
 
 docs/explanation/point-in-time.md describes the data that steps exchange.
@@ -32,10 +33,12 @@ import pyarrow as pa
 from mmoe_rec.devices import keep_freed_memory, keeping_freed_memory, usable_cores
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import PointInTimeEncoder
+from mmoe_rec.features.numeric_statistics import NumberHistogram
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader, find_bad_file
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.build_inputs import Logs
+from mmoe_rec.preprocessing.compare_candidates import CompareJob, PrepareRows, compare_partition, send_numbers
 from mmoe_rec.preprocessing.count_and_encode import (
     CountJob,
     LogCounts,
@@ -361,15 +364,40 @@ class BuildSteps:
             for number in range(partitions)
         ]
         tasks.sort(key=lambda task: -task.rows)  # The largest task first: workers then end at about the same time.
-        encoders = pipeline.point_in_time_encoders
         partition_counts = self._run(
             partial(look_up_partition, job), tasks, [task.rows for task in tasks], "counters and histories"
         )
-        for features in partition_counts:
-            for name, counts in features.items():
-                for result, number in encoders[name].numbers.items():
-                    number.histogram.merge(counts[result])
+        _merge_histograms(pipeline, partition_counts)
         self._events.remove()
+        self.compare(pipeline, training)
+
+    def compare(
+        self, pipeline: FeaturePipeline, training: Window | None = None, prepare: PrepareRows | None = None
+    ) -> None:
+        """Compute relative features for each row of a split, if there are any.
+
+        Args:
+            pipeline: Features. Their histograms count the values of rows in `training`.
+            training: Request times [start, end) of the rows to count in histograms. None counts no rows.
+            prepare: Function that adds absent columns and results of counters to rows. None if rows are complete.
+        """
+        if not pipeline.relative_encoders or not self.windows:
+            return
+        job = CompareJob(
+            schema=pipeline.schema,
+            reader=self._reader,
+            prepare=prepare,
+            windows=self.windows,
+            training=training,
+            exchange=Exchange(self.scratch / "compared", self._partitions),
+            results=open_results(self.scratch, self.logs.log),
+        )
+        parts, partitions = self.parts, range(self._partitions)
+        for _ in self._run(partial(send_numbers, job), parts, [part.rows for part in parts], "reading lists"):
+            pass
+        compared = self._run(partial(compare_partition, job), partitions, [1] * len(partitions), "comparing candidates")
+        _merge_histograms(pipeline, compared)
+        job.exchange.remove()
 
     @property
     def _events(self) -> Exchange:
@@ -424,3 +452,11 @@ class BuildSteps:
             for result, size in zip(self._engine.map(function, tasks), sizes, strict=True):
                 progress.advance(task, size)
                 yield result
+
+
+def _merge_histograms(pipeline: FeaturePipeline, counts: Iterator[dict[str, dict[str, NumberHistogram]]]) -> None:
+    """Add histograms by feature and name of the result to the histograms of a pipeline."""
+    for features in counts:
+        for name, histograms in features.items():
+            for result, number in pipeline.encoders[name].numbers.items():
+                number.histogram.merge(histograms[result])

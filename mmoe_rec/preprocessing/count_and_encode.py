@@ -25,6 +25,7 @@ from mmoe_rec.log.rows import LogRows, compute_labels, pending_labels
 from mmoe_rec.point_in_time.arrays import concat_tables
 from mmoe_rec.point_in_time.join import Window, add_level, in_any_window, in_window
 from mmoe_rec.preprocessing.look_up import (
+    COMPARED_GROUP,
     ROW_KEYS_CHANNEL,
     Exchange,
     ResultExchange,
@@ -315,8 +316,9 @@ def encode_part(
     """
     number, part = task
     pipeline, columns = load_pipeline(pipeline_dir), reader.schema.columns
-    results = ResultReader(exchange, list(pipeline.key_groups))
+    results = ResultReader(exchange, [*pipeline.key_groups, COMPARED_GROUP])
     required = {name for encoder in pipeline.point_in_time_encoders.values() for name in encoder.result_columns()}
+    required |= {name for encoder in pipeline.relative_encoders for name in encoder.numbers}
     counts = {name: SplitCounts() for name in windows}
     writers = {name: _SplitWriter(encoded / name / f"part-{number:05d}.parquet") for name in windows}
     for rows in reader.read(part):
@@ -324,7 +326,7 @@ def encode_part(
             inside = rows.filter(in_window(rows.times(), window))
             if len(inside):
                 inside_results = results.of(inside.row_numbers)
-                assert required <= inside_results.keys(), "missing results would be looked up in empty event stores"
+                assert required <= inside_results.keys(), "missing results would be computed from incomplete data"
                 inside = LogRows(inside.table, rows.schema, inside_results)
                 labels, late = compute_labels(inside, label_cutoff[name]), pending_labels(inside, label_cutoff[name])
                 weights = _numbers_or_ones(inside, columns.weight)

@@ -30,6 +30,8 @@ from mmoe_rec.point_in_time.arrays import DedupedRagged, Ragged, concat_tables, 
 from mmoe_rec.point_in_time.join import EventStore, Lookups, Window, in_any_window, in_window
 
 Sender = tuple[int, int]  # Number of a task, and number of the file among the files of the task.
+# Group of the results of relative features. Other groups have the name of a feature, which can't contain a space.
+COMPARED_GROUP = "compared by request"
 ROW_KEYS_CHANNEL = "duplicates"  # Channel of hashes of request and candidate, which find repeated rows.
 
 

@@ -22,6 +22,8 @@ _MAX_CONTEXT_VALUES = 5000
 """A context column with more values than this (such as a session) gets counters by user but not by candidate."""
 _MAX_PAIRS, _ROWS_PER_PAIR = 4, 20
 """Maximum number of counters by a user and a candidate attribute, and log rows needed per pair of values."""
+_MIN_LIST_ROWS, _MAX_COMPARED = 3, 8
+"""Mean number of rows of a request for which candidates are compared, and maximum number of columns and of counters."""
 _TEST_FRACTION, _VALIDATION_FRACTION = 0.2, 0.1
 
 
@@ -69,6 +71,8 @@ class ProposedSettings:
         if "time" in self.keys:
             self._propose_histories()
             self._propose_counters()
+        if schema.rows_per_request >= _MIN_LIST_ROWS and schema.sampling_rate is None:
+            self._propose_relative()
         self._propose_training()
 
     def _add(self, name: str, value: Mapping[str, Any], note: str = "", check: str = "") -> None:
@@ -320,6 +324,24 @@ class ProposedSettings:
         for log in self.events:
             if {user, candidate} <= set(log.profile.columns):
                 self._add(f"last_{log.name}", {"kind": "history", "events": log.name, "of": of, "length": 30})
+
+    def _propose_relative(self) -> None:
+        """Compare numbers and counters of the candidates within each request."""
+        candidate, roles = self.keys.get("candidate"), self.schema.roles
+        of_candidates = {candidate, *roles["candidate"]}
+        numbers, counters = list[str](), list[str]()
+        for name, feature in self.features.items():
+            kind, value = feature.value["kind"], feature.value
+            if kind == "numeric" and value["column"] in roles["candidate"]:
+                numbers.append(value["column"])
+            if kind == "counter" and of_candidates & set(value["by"]):
+                counters.append(f"{name}_{'log_sum' if 'events' in value else 'rate'}")
+        compared = {"columns": numbers[:_MAX_COMPARED], "counters": counters[:_MAX_COMPARED]}
+        if compared := {key: names for key, names in compared.items() if names}:
+            check = (
+                "remove it if the log lacks some candidates of the requests, as the lists in serving are then longer"
+            )
+            self._add("in_request", {"kind": "relative", **compared}, check=check)
 
     # Model and training
 

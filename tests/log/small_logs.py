@@ -67,6 +67,13 @@ ALL_KINDS: dict[str, Any] = {
         "window_days": [None, 2],
     },
     "brand_spent": {"kind": "counter", "task": "spent", "by": ["brand"], "outputs": ["log_sum", "rate"]},
+    "among": {
+        "kind": "relative",
+        "columns": ["price"],
+        "counters": ["item_click_rate", "item_click_recency", "brand_spent_rate"],
+        "outputs": ["rank", "fraction", "z_score", "below_max", "above_min", "length"],
+        "sampled_lists": True,  # Some logs have sampling rates.
+    },
 }
 
 
@@ -183,6 +190,11 @@ def fit_in_memory(
     for encoder in pipeline.point_in_time_encoders.values():
         for part in inside:
             encoder.partial_fit_results(encoder.look_up(part))
+    if pipeline.relative_encoders:
+        whole = LogRows(pa.concat_tables([part.table for part in inside], promote_options="permissive"), schema)
+        pipeline.compare_candidates(whole)
+        for encoder in pipeline.relative_encoders:
+            encoder.partial_fit_results(whole.results)
     pipeline.finish_fit_results()
     return pipeline
 

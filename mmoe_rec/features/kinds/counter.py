@@ -60,6 +60,12 @@ class CounterFeature(EventFeature):
             raise ValueError("events have no rate. Set outputs to [log_sum, recency], for example.")
         return self
 
+    def output_names(self, name: str) -> list[str]:
+        """Return the names of the statistics of the counter `name`, such as `brand_clicked_rate_7d`."""
+        totals = [output for output in self.outputs if output != "recency"]
+        names = [f"{name}_{output}{window_suffix(days)}" for days in self.window_days for output in totals]
+        return names + [f"{name}_recency"] * ("recency" in self.outputs)
+
     def reads(self) -> Mapping[str, ColumnUse]:
         return dict.fromkeys(self.by, "key")
 
@@ -311,10 +317,7 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
             window_suffix(days): None if days is None else round(days * MICROSECONDS_PER_DAY)
             for days in feature.window_days
         }
-        names = [f"{name}_{output}{suffix}" for suffix in self._windows for output in self._totals]
-        if "recency" in feature.outputs:
-            names.append(f"{name}_recency")
-        self.numbers = {output: DenseNumber(output) for output in names}
+        self.numbers = {output: DenseNumber(output) for output in feature.output_names(name)}
 
     @property
     def has_fractional_labels(self) -> bool:
@@ -414,9 +417,13 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
         return InputSpec(dense=tuple(dense for number in self.numbers.values() for dense in number.inputs()))
 
     def encode(self, rows: LogRows) -> Inputs:
-        """Return the statistics as `Inputs.numbers`. A request's column with a statistic's name takes precedence."""
+        """Return the statistics as `Inputs.numbers`, and add them to `rows.results` for other features.
+
+        A request's column with a statistic's name takes precedence.
+        """
         given = {name: self._distances(name, rows.numbers(name)) for name in self.numbers if rows.has_column(name)}
         results = given if len(given) == len(self.numbers) else {**self.look_up(rows), **given}
+        rows.results.update(results)
         return Inputs(numbers=[(np.asarray(results[name]), number) for name, number in self.numbers.items()])
 
     def explain(self, rows: LogRows) -> Mapping[str, np.ndarray]:
