@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from mmoe_rec.experiments.compare import (
     train_and_compare,
 )
 from mmoe_rec.experiments.runner import BASE_VARIANT, Network, Runner, Variant, open_runner
+from mmoe_rec.features.kinds.relative import find_comparing
 from mmoe_rec.features.layout import EncodedInputs, Layout
 from mmoe_rec.log.columns import hash_column
 from mmoe_rec.model.model_layout import ModelLayout
@@ -79,6 +81,12 @@ def compare_features(settings: Settings, only: Sequence[str], margin: float, see
         importance = _permute_once(runner, single, margin)
         joint, order = importance["joint"], {row[0]: index for index, row in enumerate(importance["rows"])}
         groups = list((({name: (name,) for name in only}) or group_by_source(schema)).items())
+        comparing = find_comparing(schema)
+        # A relative feature can't be kept without the counters that it compares.
+        groups = [
+            (name, tuple(dict.fromkeys(chain(group, *(comparing.get(key, ()) for key in group)))))
+            for name, group in groups
+        ]
         groups.sort(key=lambda group: max(order.get(name, -1) for name in group[1]))
         if joint:
             groups.insert(0, (", ".join(joint), tuple(joint)))
@@ -171,7 +179,9 @@ def permutation_importance(runner: Runner, network: Network, features: Sequence[
             differences.append(measure_loss(name, [name]))
             progress.advance(step)
     losses = dict(zip(features, holm_correct(differences), strict=True))
-    names = choose_removable(losses, margin, partial(measure_loss, "the joint candidates"), _find_dependents(layout))
+    names = choose_removable(
+        losses, margin, partial(measure_loss, "the joint candidates"), _find_dependents(layout, schema)
+    )
     table = []
     for name, loss in sorted(losses.items(), key=lambda item: item[1].value or 0.0):
         verdict = FeatureVerdict.USED if _is_significant_loss(loss) else FeatureVerdict.INCONCLUSIVE
@@ -225,10 +235,10 @@ def choose_removable(
     return names
 
 
-def _find_dependents(layout: Layout) -> dict[str, list[str]]:
-    """Return each feature that has an embedding table -> the other features that use this table."""
+def _find_dependents(layout: Layout, schema: Schema) -> dict[str, list[str]]:
+    """Return each feature that has an embedding table or is compared -> the other features that use it."""
     features = {ids.feature for ids in layout.ids}
-    dependents: dict[str, list[str]] = {ids.table: [] for ids in layout.ids if ids.table in features}
+    dependents = find_comparing(schema) | {ids.table: [] for ids in layout.ids if ids.table in features}
     for ids in layout.ids:
         if ids.feature != ids.table and ids.feature not in dependents.get(ids.table, [ids.feature]):
             dependents[ids.table].append(ids.feature)

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from mmoe_rec.features.kinds.relative import find_comparing
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.rows import LogRows, RequestRows, ServingRows
 from tests.log.small_logs import BASE, assert_same, fit, log_rows, random_log, schema_of, with_requests
@@ -135,3 +136,9 @@ def test_numbers_that_cannot_be_compared_are_refused(message: str, settings: dic
 def test_sampled_lists_are_compared_if_the_settings_allow_it() -> None:
     columns = {**BASE["columns"], "sampling_rate": "rate"}
     assert schema_of(relative(sampled_lists=True), columns=columns).features
+
+
+def test_a_counter_names_the_features_that_compare_it() -> None:
+    counters = {name: {"kind": "counter", "task": "click", "by": [name]} for name in ("brand", "item", "user")}
+    schema = schema_of(counters | relative(counters=["brand_rate", "brand_recency", "item_rate"]))
+    assert find_comparing(schema) == {"brand": ["f"], "item": ["f"]}

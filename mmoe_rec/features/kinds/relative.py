@@ -87,6 +87,16 @@ def _counters(schema: Schema) -> dict[str, str]:
     return {output: name for name, feature in counters.items() for output in feature.output_names(name)}
 
 
+def find_comparing(schema: Schema) -> dict[str, list[str]]:
+    """Return each counter whose outputs are compared -> the relative features that compare them."""
+    owners, comparing = _counters(schema), dict[str, list[str]]()
+    for name, feature in schema.features.items():
+        if isinstance(feature, RelativeFeature):
+            for counter in dict.fromkeys(owners[output] for output in feature.counters):
+                comparing.setdefault(counter, []).append(name)
+    return comparing
+
+
 class RelativeEncoder(Encoder):
     """Encoder of numbers in relation to the other candidates of the request."""
 
