@@ -1,7 +1,8 @@
 """The feature kind `relative`: numbers of a candidate in relation to the other candidates of its request."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -16,6 +17,7 @@ from mmoe_rec.log.rows import LogRows
 from mmoe_rec.settings.log_columns import ColumnUse, Role
 from mmoe_rec.settings.schema import Feature, InputSemantics, Schema, Unique
 
+_ROWS_AT_ONCE = 100_000
 _ROUNDING = 8 * np.finfo(np.float64).eps
 Output = Literal["rank", "fraction", "z_score", "below_max", "above_min", "length"]
 
@@ -128,9 +130,14 @@ class RelativeEncoder(Encoder):
         results: dict[str, np.ndarray] = {}
         if "length" in self.feature.outputs:
             results[f"{self.name}_length"] = np.log(np.bincount(requests))[requests].astype(np.float32)
-        for name in self.compared:
-            for output, values in _compare(numbers[name], requests).items():
-                results[f"{self.name}_{name}_{output}"] = values
+        outputs = [output for output in self.feature.outputs if output != "length"]
+        # Compare several numbers of a request at once, but few numbers of many rows, for which memory is limited.
+        step = max(1, _ROWS_AT_ONCE // max(1, len(requests)))
+        for start in range(0, len(self.compared), step):
+            names = self.compared[start : start + step]
+            compared = _compare(np.stack([numbers[name] for name in names]), requests, outputs)
+            for output, values in compared.items():
+                results |= {f"{self.name}_{name}_{output}": row for name, row in zip(names, values, strict=True)}
         return {name: results[name] for name in self.numbers}
 
     def encode(self, rows: LogRows) -> Inputs:
@@ -148,37 +155,58 @@ class RelativeEncoder(Encoder):
             self.numbers[name].standardizer = Standardizer(**values)
 
 
-def _compare(numbers: np.ndarray, requests: np.ndarray) -> dict[str, np.ndarray]:
-    """Return all outputs except `length`, (N,) float32 each. Sums are of sorted numbers, so row order has no effect."""
-    present = np.flatnonzero(np.isfinite(numbers))
-    present = present[np.lexsort((numbers[present], requests[present]))]
-    x, request = numbers[present], requests[present]
-    is_first = np.append(True, request[1:] != request[:-1])[: len(x)]
-    starts, group = np.flatnonzero(is_first), np.cumsum(is_first) - 1
-    count = np.diff(np.append(starts, len(x)))
-    size = count[group]
-    lowest, highest = x[starts][group], x[starts + count - 1][group]
+def _compare(numbers: np.ndarray, requests: np.ndarray, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return `outputs` except `length`, (K, N) float32 each, for K numbers of N rows, (K, N).
+
+    Sums are of sorted numbers, so they don't depend on the order of the rows.
+    """
+    flat, lists = numbers.ravel(), requests.max(initial=0) + 1
+    groups = (np.arange(len(numbers))[:, None] * lists + requests).ravel()
+    present = np.flatnonzero(np.isfinite(flat))
+    present = present[np.argsort(flat[present])]
+    # NumPy's stable sort of 16-bit integers is a radix sort, which is faster than a comparison sort.
+    small = groups[present].astype(np.uint16 if len(numbers) * lists < 2**16 else np.int64)
+    present = present[np.argsort(small, kind="stable")]
+    x, group = flat[present], groups[present]
+    starts = _starts(group[1:] != group[:-1], len(x))
+    count = np.diff(starts, append=len(x))
+    lowest, highest = x[starts], x[starts + count - 1]
     total = np.add.reduceat(x, starts) if len(x) else x
-    distance = x - (total / count)[group]
-    std = np.sqrt((np.add.reduceat(np.square(distance), starts) if len(x) else x) / count)[group]
-    is_equal = std <= _ROUNDING * np.maximum(np.abs(lowest), np.abs(highest))
-    # Equal numbers have neighboring positions, so the mean position gives all of them the same rank.
-    is_new = is_first | np.append(True, x[1:] != x[:-1])[: len(x)]
-    first, run = np.flatnonzero(is_new), np.cumsum(is_new) - 1
-    position = (first + (np.diff(np.append(first, len(x))) - 1) / 2)[run] - starts[group]
-    total = total[group]
-    values = {
-        "rank": np.where(size > 1, position / np.maximum(size - 1, 1), 0.5),
-        "fraction": np.where(lowest < 0, np.nan, np.where(total > 0, x / np.where(total > 0, total, 1), 1 / size)),
-        "z_score": np.where(is_equal, 0.0, distance / np.where(is_equal, 1, std)),
-        "below_max": highest - x,
-        "above_min": x - lowest,
-    }
+    spread = partial(np.repeat, repeats=count)  # Values of groups -> values of rows.
+
+    def compute(output: str) -> np.ndarray:
+        match output:
+            case "rank":
+                # Equal numbers have neighboring positions. All of them get the mean position.
+                runs = _starts((x[1:] != x[:-1]) | (group[1:] != group[:-1]), len(x))
+                length = np.diff(runs, append=len(x))
+                position = np.repeat(runs + (length - 1) / 2, length) - spread(starts)
+                return np.where(spread(count) > 1, position / spread(np.maximum(count - 1, 1)), 0.5)
+            case "fraction":
+                is_zero = total == 0
+                share = np.where(spread(is_zero), spread(1 / count), x / spread(np.where(is_zero, 1, total)))
+                return np.where(spread(lowest < 0), np.nan, share)
+            case "z_score":
+                distance = x - spread(total / count)
+                std = np.sqrt((np.add.reduceat(np.square(distance), starts) if len(x) else x) / count)
+                is_equal = std <= _ROUNDING * np.maximum(np.abs(lowest), np.abs(highest))
+                return np.where(spread(is_equal), 0.0, distance / spread(np.where(is_equal, 1, std)))
+            case "below_max":
+                return spread(highest) - x
+            case _:
+                return x - spread(lowest)
+
     results = {}
-    for name, output in values.items():
-        results[name] = np.full(len(numbers), np.nan, np.float32)
-        results[name][present] = output
+    for output in outputs:
+        values = np.full(flat.shape, np.nan, np.float32)
+        values[present] = compute(output)
+        results[output] = values.reshape(numbers.shape)
     return results
+
+
+def _starts(changes: np.ndarray, count: int) -> np.ndarray:
+    """Return the index of the first of each run of values. `changes`, (count - 1,): whether the next value differs."""
+    return np.flatnonzero(np.append(True, changes)[:count])
 
 
 KIND = FeatureKind(RelativeFeature, RelativeEncoder)
