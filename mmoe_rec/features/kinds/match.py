@@ -14,8 +14,9 @@ from mmoe_rec.features.encoder import Encoder, EncoderContext, FeatureKind, Inpu
 from mmoe_rec.features.kinds.ids import truncate_lists
 from mmoe_rec.features.kinds.vector import read_vectors
 from mmoe_rec.features.numeric_statistics import DenseNumber, Standardizer
-from mmoe_rec.log.columns import EXPECTED, combine_hashes, element_type, hash_column, splitmix64
+from mmoe_rec.log.columns import EXPECTED, element_type, hash_column
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, RequestRows
+from mmoe_rec.point_in_time.join import find_keys
 from mmoe_rec.settings.log_columns import ColumnUse
 from mmoe_rec.settings.schema import Feature, InputSemantics, Schema, Unique
 
@@ -32,8 +33,10 @@ _USES: dict[_Output, tuple[ColumnUse, ColumnUse]] = {
 }
 _MISSING_TIME = np.iinfo(np.int64).min
 _NO_LIMIT = np.iinfo(np.int64).max
-# Lists are compared in chunks of this many rows, so that lists of 1,000 ids need about 100 MB.
-_CHUNK_ROWS = 1024
+# Lists are compared in chunks of rows, to limit memory. The 64-bit key of an id consists of its row in the chunk and of
+# the first bits of its hash.
+_CHUNK_ROWS, _HASH_BITS = 1024, np.uint64(54)
+_HASH_MASK = np.uint64(2**54 - 1)
 
 
 class MatchFeature(Feature):
@@ -167,13 +170,14 @@ class MatchEncoder(Encoder):
         for start in range(0, len(rows), _CHUNK_ROWS):
             other_row = index[start : start + _CHUNK_ROWS] - index[start]
             size, other_size = len(other_row), int(other_row[-1]) + 1
-            row, hashes = _distinct(own.slice(start, size))
-            other_rows, other_hashes = _distinct(others.slice(index[start], other_size))
-            is_shared = np.isin(_hash_pairs(other_row[row], hashes), _hash_pairs(other_rows, other_hashes))
+            keys, other_keys = _distinct(own.slice(start, size)), _distinct(others.slice(index[start], other_size))
+            row = (keys >> _HASH_BITS).astype(np.int64)
+            keys_in_other = other_row.astype(np.uint64)[row] << _HASH_BITS | keys & _HASH_MASK
+            shared, _ = find_keys(other_keys, keys_in_other)
             counts[:, start : start + size] = (
-                np.bincount(row[is_shared], minlength=size),
+                np.bincount(row[shared], minlength=size),
                 np.bincount(row, minlength=size),
-                np.bincount(other_rows, minlength=other_size)[other_row],
+                np.bincount((other_keys >> _HASH_BITS).astype(np.int64), minlength=other_size)[other_row],
             )
         return counts
 
@@ -195,16 +199,12 @@ def _as_lists(column: pa.Array, use: ColumnUse) -> pa.Array:
     return column if use == "keys" else pa.ListArray.from_arrays(offsets, column)
 
 
-def _distinct(lists: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Return row (int64) and hash (uint64) of each distinct id of each of N lists. Null is no id."""
+def _distinct(lists: pa.Array) -> np.ndarray:
+    """Return the distinct ids of up to `_CHUNK_ROWS` lists, as ascending uint64 keys with the row and the id's hash."""
     ids, lengths = truncate_lists(lists, _NO_LIMIT)
-    row, hashes = np.repeat(np.arange(len(lengths)), lengths), hash_column(ids)
-    _, first = np.unique(_hash_pairs(row, hashes), return_index=True)
-    return row[first], hashes[first]
-
-
-def _hash_pairs(row: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    return combine_hashes([splitmix64(row.view(np.uint64)), hashes])
+    row = np.repeat(np.arange(len(lengths), dtype=np.uint64), lengths)
+    keys = np.sort(row << _HASH_BITS | hash_column(ids) >> (np.uint64(64) - _HASH_BITS))
+    return keys[np.append(True, keys[1:] != keys[:-1])[: len(keys)]]
 
 
 KIND = FeatureKind(MatchFeature, MatchEncoder)
