@@ -280,7 +280,7 @@ CROSS = {"kind": "cross", "columns": ["u", "c"], "buckets": 2**31 + 1}
         (
             "features.item.kind",
             _DROPPED,
-            "'features.item.kind' must be one of id, ids, numeric, vector, time, cross, h",
+            "'features.item.kind' must be one of id, ids, numeric, vector, time, cross, m",
         ),
         ("features.last.task", _DROPPED, "'features.last': needs either `task`, for labels of the interaction log"),
         ("features", {}, "{}: section should have at least 1 item"),

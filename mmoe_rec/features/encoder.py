@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
@@ -89,14 +90,14 @@ class Encoder(ABC):
     """A feature that is fitted to a log and then encodes rows from any source.
 
     Attributes:
-        counts: Statistics that `partial_fit` collects, such as `IdCounts`. Workers collect them from parts of a log
-            and merge them in any order. None if the encoder needs no statistics or uses another feature's
-            vocabulary.
+        counts: Statistics that `partial_fit` collects, such as `IdCounts`, by the end of their name. The end is "" if
+            there is one statistic. Workers collect statistics from parts of a log and merge them in any order. Empty
+            if the encoder needs no statistics or uses another feature's vocabulary.
         numbers: Mean and standard deviation of each number that a build step computes for whole keys or requests, by
             result name.
     """
 
-    counts: Any = None
+    counts: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, name: str, feature: Any, context: EncoderContext) -> None:
         """Create an encoder that is not fitted.
@@ -146,10 +147,6 @@ class Encoder(ABC):
         """Return the tables of `input_spec` with the most rows that any log can give them, None without a limit."""
         return self.input_spec().tables
 
-    def column_types(self) -> Mapping[str, pa.DataType]:
-        """Return column -> Arrow type in a request, for columns whose type the fitted log decides (int64 or string)."""
-        return {}
-
     def example_value(self, use: ColumnUse) -> Any:
         """Return a typical value of the feature's only column for an example request, None if unknown.
 
@@ -168,7 +165,7 @@ class NumberEncoder(Encoder):
     def __init__(self, name: str, feature: Any, context: EncoderContext) -> None:
         super().__init__(name, feature, context)
         self.number = DenseNumber(name + self.suffix)
-        self.counts = self.number.histogram
+        self.counts = {"": self.number.histogram}
 
     @abstractmethod
     def values(self, rows: LogRows) -> np.ndarray:

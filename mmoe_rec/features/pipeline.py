@@ -21,14 +21,16 @@ from mmoe_rec.features.kinds.relative import RelativeEncoder
 from mmoe_rec.features.layout import DenseInput, EncodedInputs, IdInput, Layout, TableSpec, TaskOutput
 from mmoe_rec.features.numeric_statistics import NumberHistogram
 from mmoe_rec.features.vocabulary import Vocabulary, VocabularyFeature
-from mmoe_rec.log.columns import column_uses
+from mmoe_rec.log.columns import column_uses, type_name
 from mmoe_rec.log.rows import LogRows, RequestRows
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.point_in_time.join import EventStore, add_level
 from mmoe_rec.settings.log_columns import NO_CANDIDATE, NO_USER
 from mmoe_rec.settings.schema import Schema
 
-FORMAT = 10
+FORMAT = 11
+_KEY_TYPES = {str(kind): kind for kind in (pa.int64(), pa.string())}
+_KEY_TYPES |= {f"list<{name}>": pa.list_(kind) for name, kind in _KEY_TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class FeaturePipeline:
     `partial_fit_results` of these encoders with values for training rows. Last, it calls `finish_fit_results`.
 
     Attributes:
-        key_types: Type of each key column in the log, "int64" or "string". A request must have the same types.
+        key_types: Type of each column of ids or lists of ids in the log, a name in `_KEY_TYPES`. A request must have
+            the same types.
         booleans: Columns whose values are true and false in the logs.
         label_scales: Mean and standard deviation of the training labels of each regression task.
         live: Events that were ingested after the event stores were built.
@@ -146,9 +149,9 @@ class FeaturePipeline:
     @property
     def counts(self) -> dict[str, Any]:
         """Statistics that `partial_fit` collects and workers merge, named `feature.NAME` and `label.TASK`."""
-        features = {f"feature.{name}": encoder.counts for name, encoder in self.encoders.items()}
-        labels = {f"label.{name}": histogram for name, histogram in self._label_histograms.items()}
-        return {name: counts for name, counts in (features | labels).items() if counts is not None}
+        encoders, labels = self.encoders.items(), self._label_histograms.items()
+        features = {f"feature.{name}{end}": part for name, encoder in encoders for end, part in encoder.counts.items()}
+        return features | {f"label.{name}": histogram for name, histogram in labels}
 
     def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
         """Add training rows to `counts`.
@@ -164,18 +167,15 @@ class FeaturePipeline:
             encoder.partial_fit(rows, label_cutoff)
 
     def record_key_types(self, rows: LogRows) -> None:
-        """Record whether the key columns of `rows` contain integers or strings."""
+        """Record whether the key columns of `rows`, or their lists, contain integers or strings."""
         for column in rows.table.schema:
-            name, kind = column.name, column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-            if (pa.types.is_int64(kind) or pa.types.is_string(kind)) and name not in (NO_USER, NO_CANDIDATE):
-                self.key_types[name] = str(kind)
+            kind = type_name(column.type)
+            if kind in _KEY_TYPES and column.name not in (NO_USER, NO_CANDIDATE):
+                self.key_types[column.name] = kind
 
     def column_types(self) -> dict[str, pa.DataType]:
         """Return column -> Arrow type in the log, for columns whose use allows several types, such as ids."""
-        types = {name: pa.type_for_alias(kind) for name, kind in self.key_types.items()}
-        for encoder in self.encoders.values():
-            types |= encoder.column_types()
-        return types
+        return {name: _KEY_TYPES[kind] for name, kind in self.key_types.items()}
 
     def merge(self, counts: Mapping[str, Any], key_types: Mapping[str, str]) -> None:
         """Add the `counts` of another pipeline with the same schema.

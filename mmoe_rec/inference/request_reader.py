@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mmoe_rec.errors import RequestError, UserError, quoted, suggest
 from mmoe_rec.features.latest_values import LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.log.columns import UTC_MICROSECONDS, canonicalize, column_uses
+from mmoe_rec.log.columns import UTC_MICROSECONDS, canonicalize, column_uses, type_name
 from mmoe_rec.log.request_values import find_duplicate, numpy_to_python, to_arrow, to_python_list
 from mmoe_rec.log.rows import CachedValues, LogRows, RequestRows, ServingRows
 from mmoe_rec.model.model_layout import ModelTask
@@ -457,9 +457,8 @@ def read_rows(pipeline: FeaturePipeline, rows: LogRows | pa.Table | pd.DataFrame
     columns = {name: table[name] for name in table.column_names}
     for name in {*roles, *required} & columns.keys():
         values = columns[name] = canonicalize(name, uses[name], table[name], names.time_unit)
-        dtype = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
-        expected = pipeline.key_types.get(name)
-        if expected is not None and not pa.types.is_null(dtype) and str(dtype) != expected:
+        dtype, expected = type_name(values.type), pipeline.key_types.get(name)
+        if expected is not None and dtype is not None and dtype != expected:
             problem = f"column '{name}' of the rows holds {dtype}"
             raise UserError(f"{problem}, but the model was trained on a log with {expected}")
         if name in (names.user, names.candidate, names.time, request) and values.null_count:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError, first_line
-from mmoe_rec.log.columns import canonical_type, canonicalize, element_type
+from mmoe_rec.log.columns import canonical_type, canonicalize, element_type, type_name
 from mmoe_rec.log.files import MAX_OPEN_FILES, FileInfo, is_remote, open_file, parse_path_columns
 from mmoe_rec.log.rows import LogRows, split_indices
 from mmoe_rec.settings.log_columns import ColumnUse
@@ -101,16 +101,6 @@ def open_parquet(uri: str, dictionary_columns: Sequence[str] = ()) -> Iterator[p
             fix = "Write the file again, or move it out of the log."
             raise BadFile(f"'{uri}' is not a readable Parquet file ({reason}). {fix}", uri) from None
         yield stack.enter_context(parquet)
-
-
-def type_name(kind: pa.DataType) -> str | None:
-    """Return the name of the canonical type `kind`, None for the null type."""
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if pa.types.is_list(
-        kind
-    ):  # Leave out the field name of the elements, which depends on the program that wrote the file.
-        return f"list<{kind.value_type}>"
-    return None if pa.types.is_null(kind) else str(kind)
 
 
 def type_names(types: Mapping[str, pa.DataType]) -> dict[str, str]:

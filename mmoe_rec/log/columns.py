@@ -156,8 +156,17 @@ def canonical_type(  # noqa: PLR0911 - one line a case reads best
 
 
 def element_type(kind: pa.DataType) -> pa.DataType:
-    """Return the type of a list's elements if `kind` is a list type, otherwise `kind`."""
-    return kind.value_type if pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind) else kind
+    """Return the type of the elements of a list, or of the values of a dictionary-coded column. Otherwise `kind`."""
+    has_inner = (pt.is_list, pt.is_large_list, pt.is_fixed_size_list, pt.is_dictionary)
+    return kind.value_type if any(is_type(kind) for is_type in has_inner) else kind
+
+
+def type_name(kind: pa.DataType) -> str | None:
+    """Return the name of the canonical type `kind`, None for the null type."""
+    kind = kind.value_type if pt.is_dictionary(kind) else kind
+    if pt.is_list(kind):  # Leave out the field name of the elements, which depends on the program that wrote the file.
+        return f"list<{kind.value_type}>"
+    return None if pt.is_null(kind) else str(kind)
 
 
 def _is_number(kind: pa.DataType) -> bool:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from mmoe_rec.errors import RequestError, UserError, quoted
-from mmoe_rec.log.columns import EXPECTED, UTC_MICROSECONDS, canonicalize, element_type
+from mmoe_rec.log.columns import EXPECTED, UTC_MICROSECONDS, canonicalize, element_type, type_name
 from mmoe_rec.settings.log_columns import ColumnUse
 
 _EPOCH, _MICROSECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
@@ -131,10 +131,8 @@ def find_duplicate(names: Iterable[Any]) -> str | None:
 
 
 def _wanted(use: ColumnUse, log_type: pa.DataType | None) -> str:
-    if log_type is not None:
-        name = f"list<{log_type.value_type}>" if pt.is_list(log_type) else str(log_type)
-        if name in _WANTED:
-            return f"{_WANTED[name]}, as in the log"
+    if log_type is not None and (name := type_name(log_type)) in _WANTED:
+        return f"{_WANTED[name]}, as in the log"
     return _WANTED_USE[use]
 
 

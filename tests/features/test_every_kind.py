@@ -13,7 +13,6 @@ from mmoe_rec.features.encoder import PointInTimeEncoder
 from mmoe_rec.features.kinds import FEATURE_KINDS, NAMES
 from mmoe_rec.features.kinds.relative import RelativeEncoder, RelativeFeature
 from mmoe_rec.features.pipeline import FeaturePipeline, max_layout
-from mmoe_rec.features.vocabulary import VocabularyFeature
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged
@@ -30,11 +29,12 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "vector": {"column": "look", "size": 2},
     "time": {"column": "born", "parts": ["hour", "age"]},
     "cross": {"columns": ["brand", "age"], "buckets": 9},
+    "match": {"columns": ["likes", "tags"], "compare": ["overlap", "jaccard"]},
     "history": {"task": "click", "of": "item", "length": 3},
     "counter": {"task": "click", "by": ["brand"]},
     "relative": {"columns": ["price"]},
 }
-ROLES = {**BASE["roles"], "candidate": [*BASE["roles"]["candidate"], "look"]}
+ROLES = {**BASE["roles"], "user": ["age", "likes"], "candidate": [*BASE["roles"]["candidate"], "look"]}
 
 
 UNTIL = START + 8 * DAY
@@ -42,7 +42,8 @@ UNTIL = START + 8 * DAY
 
 def _log(seed: int) -> pa.Table:
     rng, table = np.random.default_rng(seed), random_log(seed)
-    return table.append_column("look", pa.array(rng.normal(size=(len(table), 2)).tolist(), pa.list_(pa.float64())))
+    table = table.append_column("look", pa.array(rng.normal(size=(len(table), 2)).tolist(), pa.list_(pa.float64())))
+    return table.append_column("likes", table["tags"].combine_chunks().take(pa.array(rng.permutation(len(table)))))
 
 
 def _schema(kind: str) -> Schema:
@@ -122,7 +123,6 @@ def test_what_a_kind_may_leave_out_is_there_where_it_is_needed(kind: str) -> Non
     assert set(feature.list_lengths) == {column for column, use in reads.items() if use == "vector"}
     others = {table for _, table, _ in input_spec.ids} - {table.name for table in input_spec.tables}
     assert others == ({feature.table_owner} if feature.table_owner else set())
-    assert bool(encoder.column_types()) == isinstance(feature, VocabularyFeature)
     (use,) = set(reads.values()) or {"time"}
     if len(reads) == 1 and use in ("key", "keys", "number") and not isinstance(feature, EventFeature | RelativeFeature):
         assert encoder.example_value(use) is not None

@@ -19,6 +19,7 @@ NAMES = (
     "vector",
     "time",
     "cross",
+    "match",
     "history",
     "counter",
     "relative",

@@ -33,7 +33,7 @@ class IdEncoder(Encoder):
         super().__init__(name, feature, context)
         self.vocabulary = context.vocabularies[feature.table_owner or name]
         self._owns_table = self.vocabulary.name == name
-        self.counts = self.vocabulary.counts if self._owns_table else None
+        self.counts = {"": self.vocabulary.counts} if self._owns_table else {}
 
     def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
         """Count the ids in training rows if the feature owns its vocabulary (has no `table`).
@@ -76,10 +76,6 @@ class IdEncoder(Encoder):
         return tuple(
             replace(table, rows=table.rows + (self.feature.max_size or 0)) for table in self.input_spec().tables
         )
-
-    def column_types(self) -> Mapping[str, pa.DataType]:
-        id_type = self.vocabulary.id_type
-        return {} if id_type is None else {self.feature.column: id_type}
 
     def example_value(self, use: ColumnUse) -> Any:
         ids = self.vocabulary.ids

@@ -40,9 +40,6 @@ class IdsEncoder(IdEncoder):
         values, lengths = truncate_lists(rows.column(self.feature.column), self.feature.max_length)
         return Inputs({self.name: Ragged(self.vocabulary.encode(values), lengths)})
 
-    def column_types(self) -> Mapping[str, pa.DataType]:
-        return {column: pa.list_(id_type) for column, id_type in super().column_types().items()}
-
     def example_value(self, use: ColumnUse) -> Any:
         example = super().example_value(use)
         return None if example is None else [example]

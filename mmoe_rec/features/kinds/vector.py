@@ -39,19 +39,7 @@ class VectorEncoder(NumberEncoder):
     feature: VectorFeature
 
     def values(self, rows: LogRows) -> np.ndarray:
-        column, size = rows.column(self.feature.column), self.feature.size
-        matrix = np.full((len(rows), size), np.nan)
-        if pt.is_null(column.type):
-            return matrix
-        lengths = column.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False)
-        wrong = lengths[(lengths >= 0) & (lengths != size)]
-        if len(wrong):
-            raise UserError(
-                f"feature '{self.name}': column '{self.feature.column}' holds a list of {wrong[0]} numbers, "
-                f"but `size` is {size}"
-            )
-        matrix[lengths == size] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
-        return matrix
+        return read_vectors(rows, self.name, self.feature.column, self.feature.size)
 
     def input_spec(self) -> InputSpec:
         return InputSpec(dense=tuple(DenseInput(f"{self.name}_{index}") for index in range(self.feature.size)))
@@ -60,6 +48,31 @@ class VectorEncoder(NumberEncoder):
         """Return one dense input for each element of the standardized vector, 0 if the vector is missing."""
         scaled = self.number.standardizer.apply(self.values(rows))
         return Inputs(dense={f"{self.name}_{index}": scaled[:, index] for index in range(self.feature.size)})
+
+
+def read_vectors(rows: LogRows, feature: str, name: str, size: int) -> np.ndarray:
+    """Return the vectors of N rows, (N, size) float64, NaN if missing.
+
+    Args:
+        rows: N rows.
+        feature: Name of the feature, for the message.
+        name: Name of the column with lists of numbers.
+        size: Required length of every list.
+
+    Raises:
+        UserError: A list has another length.
+    """
+    column, matrix = rows.column(name), np.full((len(rows), size), np.nan)
+    if pt.is_null(column.type):
+        return matrix
+    lengths = column.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False)
+    wrong = lengths[(lengths >= 0) & (lengths != size)]
+    if len(wrong):
+        raise UserError(
+            f"feature '{feature}': column '{name}' holds a list of {wrong[0]} numbers, but `size` is {size}"
+        )
+    matrix[lengths == size] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
+    return matrix
 
 
 KIND = FeatureKind(VectorFeature, VectorEncoder)

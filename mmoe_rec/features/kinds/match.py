@@ -1,0 +1,210 @@
+"""The feature kind `match`: comparisons of a column of the user or context with a column of the candidate."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Annotated, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.types as pt
+from pydantic import BeforeValidator, Field, model_validator
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.encoder import Encoder, EncoderContext, FeatureKind, Inputs, InputSpec, State
+from mmoe_rec.features.kinds.ids import truncate_lists
+from mmoe_rec.features.kinds.vector import read_vectors
+from mmoe_rec.features.numeric_statistics import DenseNumber, Standardizer
+from mmoe_rec.log.columns import EXPECTED, element_type, hash_column
+from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, RequestRows
+from mmoe_rec.point_in_time.join import find_keys
+from mmoe_rec.settings.log_columns import ColumnUse
+from mmoe_rec.settings.schema import Feature, InputSemantics, Schema, Unique
+
+_Output = Literal["equal", "contains", "overlap", "jaccard", "difference", "ratio", "time_difference", "cosine"]
+_USES: dict[_Output, tuple[ColumnUse, ColumnUse]] = {
+    "equal": ("key", "key"),
+    "contains": ("keys", "key"),
+    "overlap": ("keys", "keys"),
+    "jaccard": ("keys", "keys"),
+    "difference": ("number", "number"),
+    "ratio": ("number", "number"),
+    "time_difference": ("time", "time"),
+    "cosine": ("vector", "vector"),
+}
+_MISSING_TIME = np.iinfo(np.int64).min
+_NO_LIMIT = np.iinfo(np.int64).max
+# Lists are compared in chunks of rows, to limit memory. The 64-bit key of an id consists of its row in the chunk and of
+# the first bits of its hash.
+_CHUNK_ROWS, _HASH_BITS = 1024, np.uint64(54)
+_HASH_MASK = np.uint64(2**54 - 1)
+
+
+class MatchFeature(Feature):
+    """Comparisons of a column of the user or context with a column of the candidate, as standardized numbers."""
+
+    kind: Literal["match"]
+    columns: Annotated[tuple[str, ...], Unique] = Field(
+        description="two columns, one of the candidate and one of the user or context"
+    )
+    compare: Annotated[
+        tuple[_Output, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Unique
+    ] = Field(
+        min_length=1,
+        description="one or more numbers to compute; equal: 1 if two IDs are equal, else 0; contains: 1 if the list of "
+        "the first column contains the ID of the second, else 0; overlap: number of IDs that two lists share; jaccard: "
+        "this number divided by the number of distinct IDs of both lists; difference: second number minus the first; "
+        "ratio: log of (1 + |second number|) / (1 + |first number|); time_difference: days from the first time to the "
+        "second; cosine: cosine similarity of two vectors. A missing or empty side makes the number missing",
+    )
+    size: int | None = Field(None, ge=1, description="length of the vectors (only for cosine)")
+
+    @model_validator(mode="after")
+    def _check_compare(self) -> Self:
+        if len({_USES[output] for output in self.compare}) > 1:
+            reads = ", ".join(f"{o} reads {' and '.join(EXPECTED[use] for use in _USES[o])}" for o in self.compare)
+            raise ValueError(f"`compare` mixes outputs of different columns: {reads}. Write a feature for each.")
+        if (self.size is None) == (self.compare == ("cosine",)):
+            raise ValueError("`compare: cosine` needs `size`, the length of the vectors. Other outputs have no `size`.")
+        return self
+
+    def reads(self) -> Mapping[str, ColumnUse]:
+        return dict(zip(self.columns, _USES[self.compare[0]], strict=False))
+
+    @property
+    def list_lengths(self) -> Mapping[str, int]:
+        return {} if self.size is None else dict.fromkeys(self.columns, self.size)
+
+    def check(self, name: str, schema: Schema) -> None:
+        """Raise ValueError unless one of two columns describes the candidate, and the other the user or context."""
+        known = schema.column_roles
+        roles = [known.get(column, "user") for column in self.columns]  # `role_of` reports a column without role.
+        if sorted(role.replace("context", "user") for role in roles) != ["candidate", "user"]:
+            found = ", ".join(f"'{column}' ({known.get(column)})" for column in self.columns)
+            raise ValueError(
+                f"feature '{name}' must name two columns, one of the candidate and one of the user or context, found "
+                f"{found}. Change `columns`, or the columns' roles."
+            )
+
+    def semantics(self, schema: Schema) -> InputSemantics:
+        return InputSemantics(self.columns)
+
+
+class MatchEncoder(Encoder):
+    """Encoder of comparisons of two columns. Each output has its own mean and standard deviation.
+
+    Attributes:
+        numbers: Mean and standard deviation by output.
+    """
+
+    feature: MatchFeature
+
+    def __init__(self, name: str, feature: MatchFeature, context: EncoderContext) -> None:
+        super().__init__(name, feature, context)
+        self.numbers = {output: DenseNumber(f"{name}_{output}") for output in feature.compare}
+        self.counts = {f".{output}": number.histogram for output, number in self.numbers.items()}
+        first, second = feature.columns
+        is_first = context.schema.column_roles[first] == "candidate"
+        self._candidate, self._other = (first, second) if is_first else (second, first)
+
+    def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
+        """Add the outputs of training rows to their histograms.
+
+        Args:
+            rows: Training rows.
+            label_cutoff: Not used.
+
+        Raises:
+            UserError: One column has integers and the other strings.
+        """
+        kinds = {name: element_type(rows.raw_column(name).type) for name in self.feature.columns}
+        is_text = {pt.is_string(kind) for kind in kinds.values() if not pt.is_null(kind)}
+        if len(is_text) > 1:
+            found = " and ".join(f"column '{name}' holds {kind}" for name, kind in kinds.items())
+            raise UserError(f"feature '{self.name}': {found}, which can't be compared. Write both as one type.")
+        for values, number in self.encode(rows).numbers:
+            number.histogram.add(values)
+
+    def finish_fit(self) -> None:
+        for number in self.numbers.values():
+            number.finish_fit()
+
+    def input_spec(self) -> InputSpec:
+        return InputSpec(dense=tuple(dense for number in self.numbers.values() for dense in number.inputs()))
+
+    def encode(self, rows: LogRows) -> Inputs:
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            values = self._compare(rows)
+        return Inputs(numbers=[(values[output], number) for output, number in self.numbers.items()])
+
+    def _compare(self, rows: LogRows) -> dict[_Output, np.ndarray]:
+        """Return all outputs for columns of these types, each (N,) float64, NaN if missing."""
+        first, second = self.feature.columns
+        match _USES[self.feature.compare[0]]:
+            case ("key", "key"):
+                missing = rows.apply(first, _is_null) | rows.apply(second, _is_null)
+                return {"equal": np.where(missing, np.nan, rows.hashes([first]) == rows.hashes([second]))}
+            case ("number", _):
+                x, y = rows.numbers(first), rows.numbers(second)
+                return {"difference": y - x, "ratio": np.log1p(np.abs(y)) - np.log1p(np.abs(x))}
+            case ("time", _):
+                x, y = rows.times(first), rows.times(second)
+                missing = (x == _MISSING_TIME) | (y == _MISSING_TIME)
+                return {"time_difference": np.where(missing, np.nan, (y - x) / MICROSECONDS_PER_DAY)}
+            case ("vector", _):
+                x, y = (read_vectors(rows, self.name, column, self.feature.size or 0) for column in (first, second))
+                norm = np.sqrt(np.square(x).sum(axis=1)) * np.sqrt(np.square(y).sum(axis=1))
+                return {"cosine": (x * y).sum(axis=1) / norm}
+        shared, *sizes = self._count_shared(rows)
+        missing = np.minimum(*sizes) == 0
+        values = {"contains": shared > 0, "overlap": shared, "jaccard": shared / (sizes[0] + sizes[1] - shared)}
+        return {output: np.where(missing, np.nan, value) for output, value in values.items()}  # type: ignore[misc]
+
+    def _count_shared(self, rows: LogRows) -> np.ndarray:
+        """Count the distinct ids that both lists share, that one list has, and that the other has, (3, N) int64."""
+        reads, source, index = self.feature.reads(), rows, np.arange(len(rows))
+        if isinstance(rows, RequestRows):  # All candidates of a request share one list, so read it once.
+            source, index = rows.shared, rows.request_index
+        own = _as_lists(rows.column(self._candidate), reads[self._candidate])
+        others = _as_lists(source.column(self._other), reads[self._other])
+        counts = np.empty((3, len(rows)), np.int64)
+        for start in range(0, len(rows), _CHUNK_ROWS):
+            other_row = index[start : start + _CHUNK_ROWS] - index[start]
+            size, other_size = len(other_row), int(other_row[-1]) + 1
+            keys, other_keys = _distinct(own.slice(start, size)), _distinct(others.slice(index[start], other_size))
+            row = (keys >> _HASH_BITS).astype(np.int64)
+            keys_in_other = other_row.astype(np.uint64)[row] << _HASH_BITS | keys & _HASH_MASK
+            shared, _ = find_keys(other_keys, keys_in_other)
+            counts[:, start : start + size] = (
+                np.bincount(row[shared], minlength=size),
+                np.bincount(row, minlength=size),
+                np.bincount((other_keys >> _HASH_BITS).astype(np.int64), minlength=other_size)[other_row],
+            )
+        return counts
+
+    def state(self) -> State:
+        return State({output: asdict(number.standardizer) for output, number in self.numbers.items()})
+
+    def restore(self, state: State) -> None:
+        for output, number in self.numbers.items():
+            number.standardizer = Standardizer(**state.values[output])
+
+
+def _is_null(column: pa.Array) -> np.ndarray:
+    return column.is_null().to_numpy(zero_copy_only=False)
+
+
+def _as_lists(column: pa.Array, use: ColumnUse) -> pa.Array:
+    """Return N lists of ids. A single id becomes a list of one."""
+    offsets = pa.array(np.arange(len(column) + 1), pa.int32())
+    return column if use == "keys" else pa.ListArray.from_arrays(offsets, column)
+
+
+def _distinct(lists: pa.Array) -> np.ndarray:
+    """Return the distinct ids of up to `_CHUNK_ROWS` lists, as ascending uint64 keys with the row and the id's hash."""
+    ids, lengths = truncate_lists(lists, _NO_LIMIT)
+    row = np.repeat(np.arange(len(lengths), dtype=np.uint64), lengths)
+    keys = np.sort(row << _HASH_BITS | hash_column(ids) >> (np.uint64(64) - _HASH_BITS))
+    return keys[np.append(True, keys[1:] != keys[:-1])[: len(keys)]]
+
+
+KIND = FeatureKind(MatchFeature, MatchEncoder)
