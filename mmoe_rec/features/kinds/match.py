@@ -136,7 +136,7 @@ class MatchEncoder(Encoder):
             values = self._compare(rows)
         return Inputs(numbers=[(values[output], number) for output, number in self.numbers.items()])
 
-    def _compare(self, rows: LogRows) -> dict[_Output, np.ndarray]:
+    def _compare(self, rows: LogRows) -> dict[str, np.ndarray]:
         """Return all outputs for columns of these types, each (N,) float64, NaN if missing."""
         first, second = self.feature.columns
         match _USES[self.feature.compare[0]]:
@@ -157,7 +157,7 @@ class MatchEncoder(Encoder):
         shared, *sizes = self._count_shared(rows)
         missing = np.minimum(*sizes) == 0
         values = {"contains": shared > 0, "overlap": shared, "jaccard": shared / (sizes[0] + sizes[1] - shared)}
-        return {output: np.where(missing, np.nan, value) for output, value in values.items()}  # type: ignore[misc]
+        return {output: np.where(missing, np.nan, value) for output, value in values.items()}
 
     def _count_shared(self, rows: LogRows) -> np.ndarray:
         """Count the distinct ids that both lists share, that one list has, and that the other has, (3, N) int64."""
