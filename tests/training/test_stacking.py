@@ -50,7 +50,9 @@ MODEL: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
     """The small log's model with trees, whose steps are large, as its labels are random."""
-    return SmallModel(tmp_path_factory.mktemp("trees"), model=MODEL)
+    # Without compared candidates, the trees of every task get a weight.
+    features = {name: feature for name, feature in ALL_KINDS.items() if name != "among"}
+    return SmallModel(tmp_path_factory.mktemp("trees"), model=MODEL, features=features)
 
 
 def roots_of(text: str) -> list[dict[str, Any]]:
