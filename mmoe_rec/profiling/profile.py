@@ -356,6 +356,19 @@ class Profile:
         rows = self._database.table(f"SELECT {selected}, {half} FROM {self._sample(by)} ORDER BY {self._row_hash}")
         return rows.rename_columns([*columns, HALF_COLUMN])
 
+    def value_hashes(self, column: str, limit: int) -> set[int]:
+        """Return the smallest hashes of the distinct values of a column, or of the elements of its lists.
+
+        Args:
+            column: Name of the column.
+            limit: Maximum number of hashes.
+        """
+        sql, is_list = self._sql[column], self.columns[column].kind == "keys"
+        value, rows = (f"unnest({sql})", self._sample([sql])) if is_list else (sql, "log")
+        values = f"SELECT DISTINCT value::VARCHAR AS value FROM (SELECT {value} AS value FROM {rows})"
+        query = f"SELECT hash(value) FROM ({values}) WHERE value IS NOT NULL ORDER BY 1 LIMIT {limit}"
+        return {row[0] for row in self._database.rows(query)}
+
     def is_unique(self, column: str) -> bool:
         """Return whether a column has a different value in each row."""
         counts = self.columns[column]

@@ -4,16 +4,19 @@ Counters and histories improve predictions most. Counters are proposed for the u
 attributes, for each task and each event log. Their number is limited, so a log of 300 columns can be trained on, too.
 """
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
+from itertools import product
 from typing import Any
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.profiling.inferred_schema import InferredSchema, InferredTask
-from mmoe_rec.profiling.name_hints import CODE_WORDS, TIME_WORDS, has_word, split_words
+from mmoe_rec.profiling.name_hints import CODE_WORDS, ID_WORDS, KEY_WORDS, TIME_WORDS, has_word, split_words
 from mmoe_rec.profiling.profile import Column, Profile, to_days
 
 _WINDOWS = (91, 28, 7, 1, 0.125)
@@ -24,6 +27,9 @@ _MAX_PAIRS, _ROWS_PER_PAIR = 4, 20
 """Maximum number of counters by a user and a candidate attribute, and log rows needed per pair of values."""
 _MIN_LIST_ROWS, _MAX_COMPARED = 3, 8
 """Mean number of rows of a request for which candidates are compared, and maximum number of columns and of counters."""
+_MAX_MATCHES = 8
+_MIN_SHARED_FRACTION, _MIN_VALUES, _MAX_HASHES = 0.5, 5, 10_000
+"""Fraction of values that compared columns of IDs must share, and least and largest number of these values."""
 _TEST_FRACTION, _VALIDATION_FRACTION = 0.2, 0.1
 
 
@@ -68,6 +74,7 @@ class ProposedSettings:
         self._train_days = 0.0  # Days from the first to the last training row.
         self._propose_split()
         self._propose_columns()
+        self._propose_matches()
         if "time" in self.keys:
             self._propose_histories()
             self._propose_counters()
@@ -241,6 +248,52 @@ class ProposedSettings:
             shape["values"] = "auto"
         return shape
 
+    # Comparisons of the user or context with the candidate
+
+    def _propose_matches(self) -> None:
+        roles, keys = self.schema.roles, self.keys
+        others = [name for name in (keys.get("user"), *roles["user"], *roles["context"]) if name]
+        own = [name for name in (keys.get("candidate"), *roles["candidate"]) if name]
+        types = {name: self._value_type(name) for name in (*others, *own)}
+        hashes = cache(lambda name: self.profile.value_hashes(name, _MAX_HASHES))
+        pairs = [pair for pair in product(others, own) if types[pair[0]] == types[pair[1]]]
+        matches = [
+            (*match, pair) for pair in pairs if (match := self._match(*pair, types[pair[0]], hashes)) is not None
+        ]
+        for _, setting, pair in sorted(matches, key=lambda match: (match[0], match[2]))[:_MAX_MATCHES]:
+            value = {"kind": "match", "columns": [*pair], **setting.value}
+            self._add("_".join(pair), value, setting.note, setting.check)
+
+    def _value_type(self, name: str) -> str:
+        """Return the type of values that the feature of a column reads: text or integer (IDs), or its kind and size."""
+        features = [entry.value for entry in self.features.values() if entry.value.get("column") == name]
+        kind, size = (features[0]["kind"], features[0].get("size", "")) if features else ("", "")
+        if kind in ("id", "ids"):
+            return "text" if re.match("VARCHAR|ENUM", self.columns[name].type) else "integer"
+        return f"{kind}{size}"
+
+    def _match(
+        self, first: str, second: str, value_type: str, hashes: Callable[[str], set[int]]
+    ) -> tuple[float, CommentedSetting] | None:
+        """Return the rank (smallest first) and the settings of a comparison, None if there is no reason for it."""
+        columns, names_agree = [self.columns[name] for name in (first, second)], _have_same_words(first, second)
+        if value_type == "numeric" and names_agree:
+            outputs = ["difference", "ratio"] if min(column.low for column in columns) >= 0 else "difference"
+            return 1.0, CommentedSetting({"compare": outputs}, check="do both numbers have one unit?")
+        if value_type.startswith("vector"):
+            value: dict[str, Any] = {"compare": "cosine", "size": columns[0].length_range[0]}
+            return 2.0, CommentedSetting(value, check="do both vectors come from one model?")
+        # Any two columns of integers share small numbers, so their names must agree, too.
+        if value_type != "text" and not (value_type == "integer" and names_agree):
+            return None
+        shared = _shared_fraction(hashes(first), hashes(second))
+        lists = [column.name for column in columns if column.kind == "keys"]
+        value = {"compare": ("equal", "contains", ["overlap", "jaccard"])[len(lists)]}
+        if lists == [second]:  # `contains` takes the list first.
+            value["columns"] = [second, first]
+        note = f"{shared:.0%} of the values of one also occur in the other"
+        return (-shared, CommentedSetting(value, note)) if shared >= _MIN_SHARED_FRACTION else None
+
     # Counters and histories
 
     def _groups(self, role: str, limit: int, min_distinct: int, max_distinct: float) -> list[str]:
@@ -356,6 +409,29 @@ class ProposedSettings:
         self.training["calibration"] = CommentedSetting(
             "temperature", "makes probabilities right on average, not only their order"
         )
+
+
+def _have_same_words(first: str, second: str) -> bool:
+    """Return whether two names agree, apart from words for users, candidates and IDs, or one name is more specific."""
+    ignored = KEY_WORDS["user"] | KEY_WORDS["candidate"] | ID_WORDS
+    words = [
+        {word.removesuffix("s") for word in (*split_words(name), *re.findall(r"\d+", name)) if word not in ignored}
+        for name in (first, second)
+    ]
+    return all(words) and (words[0] <= words[1] or words[1] <= words[0])
+
+
+def _shared_fraction(first: set[int], second: set[int]) -> float:
+    """Return the fraction of the smaller set of values that is in both, 0 if it is too small to tell.
+
+    Args:
+        first: Smallest hashes of the values of a column.
+        second: Smallest hashes of the values of another column.
+    """
+    limit = min((max(hashes) for hashes in (first, second) if len(hashes) == _MAX_HASHES), default=math.inf)
+    first, second = ({value for value in hashes if value <= limit} for hashes in (first, second))
+    fewer = min(len(first), len(second))
+    return len(first & second) / fewer if fewer >= _MIN_VALUES else 0.0
 
 
 def _as_time(microseconds: int) -> datetime:

@@ -135,6 +135,46 @@ def draw_world(
     )
 
 
+def draw_job_board(seed: int, rows: int, users: int, jobs: int, skills: int = 60) -> pa.Table:
+    """Requests of six jobs each, where users apply if they have a job's skills and the place and the salary fit."""
+    random, requests = np.random.default_rng(seed), rows // 6
+    user = np.repeat(random.integers(0, users, requests), 6)
+    job = np.argsort(random.random((requests, jobs)), axis=1)[:, :6].ravel()
+
+    def some_skills(number: int, fewest: int, most: int) -> np.ndarray:
+        """(number, skills) bool."""
+        ranks = np.argsort(np.argsort(random.random((number, skills)), axis=1), axis=1)
+        return ranks < random.integers(fewest, most + 1, (number, 1))
+
+    of_user, of_job = some_skills(users, 4, 20), some_skills(jobs, 2, 6)
+    city_of_user, city_of_job = random.integers(0, 12, users)[user], random.integers(0, 12, jobs)[job]
+    wish, salary = (np.round(40_000 * np.exp(random.normal(0, 0.25, number)), -2) for number in (users, jobs))
+    covered = (of_user[user] & of_job[job]).sum(axis=1) / of_job[job].sum(axis=1)
+    quality, gap = random.normal(0, 0.5, jobs)[job], np.log(salary[job] / wish[user])
+    logit = -3.4 + 5 * covered + 1.2 * (city_of_user == city_of_job) + 1.5 * gap + quality
+    names = np.array([f"skill {number}" for number in range(skills)])
+    cities = np.array([f"city {number}" for number in range(12)])
+    time = YEAR_2024 + np.sort(random.random(requests) * 60 * DAY).astype(np.int64)
+    return pa.table(
+        {
+            "request_id": np.repeat(np.arange(requests), 6),
+            "user_id": [f"U{number}" for number in user],
+            "job_id": [f"J{number}" for number in job],
+            "shown_at": at(np.repeat(time, 6)),
+            "user_skills": pa.array([names[row].tolist() for row in of_user]).take(pa.array(user)),
+            "user_city": cities[city_of_user],
+            "user_salary": wish[user],
+            "experience": random.integers(0, 30, users)[user],
+            "job_skills": pa.array([names[row].tolist() for row in of_job]).take(pa.array(job)),
+            "job_main_skill": names[of_job.argmax(axis=1)][job],
+            "job_city": cities[city_of_job],
+            "job_salary": salary[job],
+            "company": [f"company {number // 4}" for number in job],
+            "applied": (random.random(len(user)) < 1 / (1 + np.exp(-logit))) * 1,
+        }
+    )
+
+
 def at(times: np.ndarray, unit: str = "us", zone: str | None = None, known: np.ndarray | None = None) -> pa.Array:
     """Timestamps; null where `known` is not true."""
     mask = None if known is None else ~known.astype(bool)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -31,30 +31,29 @@ _USES: dict[_Output, tuple[ColumnUse, ColumnUse]] = {
     "time_difference": ("time", "time"),
     "cosine": ("vector", "vector"),
 }
-_MISSING_TIME = np.iinfo(np.int64).min
-_NO_LIMIT = np.iinfo(np.int64).max
+_MISSING_TIME, _NO_LIMIT = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 # Lists are compared in chunks of rows, to limit memory. The 64-bit key of an id consists of its row in the chunk and of
 # the first bits of its hash.
 _CHUNK_ROWS, _HASH_BITS = 1024, np.uint64(54)
-_HASH_MASK = np.uint64(2**54 - 1)
+
+
+_Value = TypeVar("_Value")
+_Unique = Annotated[
+    tuple[_Value, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Unique
+]
 
 
 class MatchFeature(Feature):
     """Comparisons of a column of the user or context with a column of the candidate, as standardized numbers."""
 
     kind: Literal["match"]
-    columns: Annotated[tuple[str, ...], Unique] = Field(
-        description="two columns, one of the candidate and one of the user or context"
-    )
-    compare: Annotated[
-        tuple[_Output, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Unique
-    ] = Field(
+    columns: _Unique[str] = Field(description="two columns, one of the candidate and one of the user or context")
+    compare: _Unique[_Output] = Field(
         min_length=1,
-        description="one or more numbers to compute; equal: 1 if two IDs are equal, else 0; contains: 1 if the list of "
-        "the first column contains the ID of the second, else 0; overlap: number of IDs that two lists share; jaccard: "
-        "this number divided by the number of distinct IDs of both lists; difference: second number minus the first; "
-        "ratio: log of (1 + |second number|) / (1 + |first number|); time_difference: days from the first time to the "
-        "second; cosine: cosine similarity of two vectors. A missing or empty side makes the number missing",
+        description="one or more outputs; equal: 1 if two IDs are equal, else 0; contains: 1 if the list in the first "
+        "column contains the ID in the second, else 0; overlap: number of IDs that two lists share; jaccard: this "
+        "number / distinct IDs of both lists; difference: second number minus first; ratio: log of (1 + |second|) / "
+        "(1 + |first|); time_difference: days from the first to the second time; cosine: similarity of two vectors",
     )
     size: int | None = Field(None, ge=1, description="length of the vectors (only for cosine)")
 
@@ -76,14 +75,12 @@ class MatchFeature(Feature):
 
     def check(self, name: str, schema: Schema) -> None:
         """Raise ValueError unless one of two columns describes the candidate, and the other the user or context."""
-        known = schema.column_roles
-        roles = [known.get(column, "user") for column in self.columns]  # `role_of` reports a column without role.
+        schema.role_of(name)  # First report a column without role.
+        roles = [schema.column_roles[column] for column in self.columns]
         if sorted(role.replace("context", "user") for role in roles) != ["candidate", "user"]:
-            found = ", ".join(f"'{column}' ({known.get(column)})" for column in self.columns)
-            raise ValueError(
-                f"feature '{name}' must name two columns, one of the candidate and one of the user or context, found "
-                f"{found}. Change `columns`, or the columns' roles."
-            )
+            found = ", ".join(map("{} ({})".format, self.columns, roles))
+            need = "two columns, one of the candidate and one of the user or context"
+            raise ValueError(f"feature '{name}' needs {need}, found {found}. Change `columns`, or the columns' roles.")
 
     def semantics(self, schema: Schema) -> InputSemantics:
         return InputSemantics(self.columns)
@@ -102,9 +99,8 @@ class MatchEncoder(Encoder):
         super().__init__(name, feature, context)
         self.numbers = {output: DenseNumber(f"{name}_{output}") for output in feature.compare}
         self.counts = {f".{output}": number.histogram for output, number in self.numbers.items()}
-        first, second = feature.columns
-        is_first = context.schema.column_roles[first] == "candidate"
-        self._candidate, self._other = (first, second) if is_first else (second, first)
+        roles = context.schema.column_roles
+        self._other, self._candidate = sorted(feature.columns, key=lambda column: roles[column] == "candidate")
 
     def partial_fit(self, rows: LogRows, label_cutoff: int) -> None:
         """Add the outputs of training rows to their histograms.
@@ -141,14 +137,14 @@ class MatchEncoder(Encoder):
         first, second = self.feature.columns
         match _USES[self.feature.compare[0]]:
             case ("key", "key"):
-                missing = rows.apply(first, _is_null) | rows.apply(second, _is_null)
-                return {"equal": np.where(missing, np.nan, rows.hashes([first]) == rows.hashes([second]))}
+                x, y, null = rows.hashes([first]), rows.hashes([second]), hash_column(pa.nulls(1))
+                return {"equal": np.where((x == null) | (y == null), np.nan, x == y)}
             case ("number", _):
                 x, y = rows.numbers(first), rows.numbers(second)
                 return {"difference": y - x, "ratio": np.log1p(np.abs(y)) - np.log1p(np.abs(x))}
             case ("time", _):
                 x, y = rows.times(first), rows.times(second)
-                missing = (x == _MISSING_TIME) | (y == _MISSING_TIME)
+                missing = np.minimum(x, y) == _MISSING_TIME
                 return {"time_difference": np.where(missing, np.nan, (y - x) / MICROSECONDS_PER_DAY)}
             case ("vector", _):
                 x, y = (read_vectors(rows, self.name, column, self.feature.size or 0) for column in (first, second))
@@ -171,13 +167,13 @@ class MatchEncoder(Encoder):
             other_row = index[start : start + _CHUNK_ROWS] - index[start]
             size, other_size = len(other_row), int(other_row[-1]) + 1
             keys, other_keys = _distinct(own.slice(start, size)), _distinct(others.slice(index[start], other_size))
-            row = (keys >> _HASH_BITS).astype(np.int64)
-            keys_in_other = other_row.astype(np.uint64)[row] << _HASH_BITS | keys & _HASH_MASK
-            shared, _ = find_keys(other_keys, keys_in_other)
+            row, row_in_others = ((part >> _HASH_BITS).astype(np.int64) for part in (keys, other_keys))
+            to_other_row = (other_row - np.arange(size)).astype(np.uint64) << _HASH_BITS
+            shared, _ = find_keys(other_keys, keys + to_other_row[row])
             counts[:, start : start + size] = (
                 np.bincount(row[shared], minlength=size),
                 np.bincount(row, minlength=size),
-                np.bincount((other_keys >> _HASH_BITS).astype(np.int64), minlength=other_size)[other_row],
+                np.bincount(row_in_others, minlength=other_size)[other_row],
             )
         return counts
 
@@ -187,10 +183,6 @@ class MatchEncoder(Encoder):
     def restore(self, state: State) -> None:
         for output, number in self.numbers.items():
             number.standardizer = Standardizer(**state.values[output])
-
-
-def _is_null(column: pa.Array) -> np.ndarray:
-    return column.is_null().to_numpy(zero_copy_only=False)
 
 
 def _as_lists(column: pa.Array, use: ColumnUse) -> pa.Array:
