@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mmoe_rec.atomic import digest, write_text
 from mmoe_rec.batches.encoded_dataset import EncodedDataset, LabeledRows
@@ -37,8 +38,10 @@ from mmoe_rec.experiments.compare import (
     train_and_compare,
 )
 from mmoe_rec.experiments.runner import BASE_VARIANT, Network, Runner, Variant, open_runner
+from mmoe_rec.features.kinds.match import MatchFeature
 from mmoe_rec.features.kinds.relative import find_comparing
 from mmoe_rec.features.layout import EncodedInputs, Layout
+from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.columns import hash_column
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.point_in_time.arrays import one_array
@@ -53,10 +56,15 @@ TARGET_PERMUTED_ROWS, MAX_REPEATS = 200_000, 10
 """Intended number of permuted rows of a feature. The permutation is repeated at most `MAX_REPEATS` times for it."""
 
 
+MIN_SHARED_IDS = 5
+"""Number of common IDs from which two features are worth a comparison."""
+
+
 class FeatureVerdict(StrEnum):
     """Whether a model needs a feature."""
 
     REMOVABLE = "removable"
+    UNTESTED = "untested"
     USED = "used"
     INCONCLUSIVE = "inconclusive"
 
@@ -140,7 +148,8 @@ def permutation_importance(runner: Runner, network: Network, features: Sequence[
 
     Returns:
         `objective`: name of the metric. `rows`: feature, loss and verdict, the smallest loss first. `joint`: features
-        to leave out together. `notes`: sentences for the report.
+        to leave out together, without features that may be useful in a comparison that no feature makes. `notes`:
+        sentences for the report.
 
     Raises:
         UserError: No task has enough labels.
@@ -179,17 +188,47 @@ def permutation_importance(runner: Runner, network: Network, features: Sequence[
             differences.append(measure_loss(name, [name]))
             progress.advance(step)
     losses = dict(zip(features, holm_correct(differences), strict=True))
-    names = choose_removable(
-        losses, margin, partial(measure_loss, "the joint candidates"), _find_dependents(layout, schema)
-    )
+    pairs = find_uncompared(FeaturePipeline.load(runner.prepared.serving, stores=False))
+    tested = {name: loss for name, loss in losses.items() if name not in pairs}
+    measure_joint = partial(measure_loss, "the joint candidates")
+    names = choose_removable(tested, margin, measure_joint, _find_dependents(layout, schema))
     table = []
     for name, loss in sorted(losses.items(), key=lambda item: item[1].value or 0.0):
         verdict = FeatureVerdict.USED if _is_significant_loss(loss) else FeatureVerdict.INCONCLUSIVE
+        if name in pairs and verdict is FeatureVerdict.INCONCLUSIVE:
+            verdict = FeatureVerdict.UNTESTED
         table.append((name, loss.format(), FeatureVerdict.REMOVABLE if name in names else verdict))
     notes = ["no feature is a candidate to leave out: the model uses it, or the rows can't rule out a loss"]
     if names:
         notes = [f"candidates to leave out together: {', '.join(f'`{name}`' for name in names)}"]
+    notes += [
+        f"`{name}` may be useful in comparison with `{other}`, which has the same IDs. Add a feature of kind `match` for "
+        "both columns before you leave one out"
+        for name, other in pairs.items()
+        if (name, FeatureVerdict.UNTESTED) in {(row[0], row[2]) for row in table}
+    ]
     return {"objective": objective.name, "rows": table, "joint": names, "notes": notes}
+
+
+def find_uncompared(pipeline: FeaturePipeline) -> dict[str, str]:
+    """Return feature of IDs -> feature on the other side with the same IDs, if no feature `match` compares the columns.
+
+    A feature of the user or context and a feature of the candidate have the same IDs if they share half of the smaller
+    vocabulary, and at least `MIN_SHARED_IDS`.
+    """
+    schema, vocabularies = pipeline.schema, pipeline.vocabularies
+    compared = [set(feature.columns) for feature in schema.features.values() if isinstance(feature, MatchFeature)]
+    roles = {name: schema.role_of(name) for name in vocabularies}
+    pairs: dict[str, str] = {}
+    for name, own in vocabularies.items():
+        for other, ids in vocabularies.items():
+            are_sides = roles[name] in ("user", "context") and roles[other] == "candidate"
+            columns = {own.feature.column, ids.feature.column}
+            if are_sides and own.ids.type == ids.ids.type and columns not in compared:
+                shared = pc.sum(pc.is_in(own.ids, ids.ids)).as_py() or 0
+                if shared >= max(MIN_SHARED_IDS, min(len(own.ids), len(ids.ids)) / 2):
+                    pairs |= {name: other, other: name}
+    return pairs
 
 
 def _is_significant_loss(loss: Difference) -> bool:

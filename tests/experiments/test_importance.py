@@ -18,6 +18,7 @@ from mmoe_rec.evaluation.evaluate import predict_rows
 from mmoe_rec.evaluation.intervals import Difference
 from mmoe_rec.experiments.importance import (
     choose_removable,
+    find_uncompared,
     group_by_source,
     is_negligible,
     permutation_importance,
@@ -29,7 +30,7 @@ from mmoe_rec.model.score import UNCALIBRATED
 from tests.batches import encoded_files
 from tests.commands import run_and_read
 from tests.inference.small_model import SmallModel
-from tests.log.small_logs import BASE, random_log, with_requests, write_log
+from tests.log.small_logs import BASE, fit, random_log, schema_of, times_of, with_requests, write_log
 from tests.pipelines.learnable_log import learnable_log, settings_tree
 from tests.pipelines.short_trainings import RATES, SMALL
 
@@ -162,3 +163,23 @@ def test_noise_is_left_out_and_copies_are_not(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runner, "train_run", None)  # All runs are complete.
         assert run_and_read(*words) == printed
+
+
+def test_ids_on_both_sides_are_untested_until_they_are_compared() -> None:
+    rows, rng = 400, np.random.default_rng(0)
+    skills = [f"skill {number}" for number in range(12)]
+    columns: dict[str, Any] = {name: rng.choice(skills, rows) for name in ("wish", "skill")}
+    columns |= {
+        "town": rng.choice(["a", "b"], rows),
+        "place": rng.choice(["a", "b"], rows),
+        "sort": rng.choice(12, rows),
+    }
+    table = random_log(0, rows)
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values))
+    roles = {"user": ["wish", "town"], "candidate": ["skill", "place", "sort"]}
+    features = {name: {"kind": "id", "column": name, "min_count": 1} for name in columns}
+    until = int(times_of(table).max())
+    assert find_uncompared(fit(table, schema_of(features, roles=roles), until)) == {"wish": "skill", "skill": "wish"}
+    features["same"] = {"kind": "match", "columns": ["skill", "wish"], "compare": "equal"}
+    assert find_uncompared(fit(table, schema_of(features, roles=roles), until)) == {}
