@@ -202,8 +202,8 @@ def permutation_importance(runner: Runner, network: Network, features: Sequence[
     if names:
         notes = [f"candidates to leave out together: {', '.join(f'`{name}`' for name in names)}"]
     notes += [
-        f"`{name}` may be useful in comparison with `{other}`, which has the same IDs. Add a feature of kind `match` for "
-        "both columns before you leave one out"
+        f"`{name}` may be useful in comparison with `{other}`, which has the same IDs. Add a feature of kind `match` "
+        "for both columns before you leave one out"
         for name, other in pairs.items()
         if (name, FeatureVerdict.UNTESTED) in {(row[0], row[2]) for row in table}
     ]
