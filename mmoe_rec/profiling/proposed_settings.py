@@ -251,48 +251,44 @@ class ProposedSettings:
     # Comparisons of the user or context with the candidate
 
     def _propose_matches(self) -> None:
-        roles, keys = self.schema.roles, self.keys
-        others = [name for name in (keys.get("user"), *roles["user"], *roles["context"]) if name]
-        own = [name for name in (keys.get("candidate"), *roles["candidate"]) if name]
-        types = {name: self._value_type(name) for name in (*others, *own)}
+        roles, features = self.schema.roles, [entry.value for entry in self.features.values()]
+        others = {self.keys.get("user"), *roles["user"], *roles["context"]}
+        own = {self.keys.get("candidate"), *roles["candidate"]}
+        pairs = product(*([item for item in features if item.get("column", "") in side] for side in (others, own)))
         hashes = cache(lambda name: self.profile.value_hashes(name, _MAX_HASHES))
-        pairs = [pair for pair in product(others, own) if types[pair[0]] == types[pair[1]]]
-        matches = [
-            (*match, pair) for pair in pairs if (match := self._match(*pair, types[pair[0]], hashes)) is not None
-        ]
-        for _, setting, pair in sorted(matches, key=lambda match: (match[0], match[2]))[:_MAX_MATCHES]:
-            value = {"kind": "match", "columns": [*pair], **setting.value}
-            self._add("_".join(pair), value, setting.note, setting.check)
+        matches = filter(None, (self._match(first, second, hashes) for first, second in pairs))
+        for _, pair, setting in sorted(matches, key=lambda match: match[:2])[:_MAX_MATCHES]:
+            self._add("_".join(pair), {"kind": "match", "columns": pair, **setting.value}, setting.note, setting.check)
 
-    def _value_type(self, name: str) -> str:
+    def _value_type(self, feature: Mapping[str, Any]) -> str:
         """Return the type of values that the feature of a column reads: text or integer (IDs), or its kind and size."""
-        features = [entry.value for entry in self.features.values() if entry.value.get("column") == name]
-        kind, size = (features[0]["kind"], features[0].get("size", "")) if features else ("", "")
-        if kind in ("id", "ids"):
-            return "text" if re.match("VARCHAR|ENUM", self.columns[name].type) else "integer"
-        return f"{kind}{size}"
+        if feature["kind"] in ("id", "ids"):
+            return "text" if re.match("VARCHAR|ENUM", self.columns[feature["column"]].type) else "integer"
+        return f"{feature['kind']}{feature.get('size', '')}"
 
     def _match(
-        self, first: str, second: str, value_type: str, hashes: Callable[[str], set[int]]
-    ) -> tuple[float, CommentedSetting] | None:
-        """Return the rank (smallest first) and the settings of a comparison, None if there is no reason for it."""
-        columns, names_agree = [self.columns[name] for name in (first, second)], _have_same_words(first, second)
+        self, first: Mapping[str, Any], second: Mapping[str, Any], hashes: Callable[[str], set[int]]
+    ) -> tuple[float, list[str], CommentedSetting] | None:
+        """Return the rank (smallest first), columns and settings of a comparison, None if there is no reason for it."""
+        value_type, pair = self._value_type(first), [first["column"], second["column"]]
+        columns, names_agree = [self.columns[name] for name in pair], _have_same_words(*pair)
+        if value_type != self._value_type(second):
+            return None
         if value_type == "numeric" and names_agree:
             outputs = ["difference", "ratio"] if min(column.low for column in columns) >= 0 else "difference"
-            return 1.0, CommentedSetting({"compare": outputs}, check="do both numbers have one unit?")
+            return 1.0, pair, CommentedSetting({"compare": outputs}, check="do both numbers have one unit?")
         if value_type.startswith("vector"):
-            value: dict[str, Any] = {"compare": "cosine", "size": columns[0].length_range[0]}
-            return 2.0, CommentedSetting(value, check="do both vectors come from one model?")
+            value: dict[str, Any] = {"compare": "cosine", "size": first["size"]}
+            return 2.0, pair, CommentedSetting(value, check="do both vectors come from one model?")
         # Any two columns of integers share small numbers, so their names must agree, too.
         if value_type != "text" and not (value_type == "integer" and names_agree):
             return None
-        shared = _shared_fraction(hashes(first), hashes(second))
-        lists = [column.name for column in columns if column.kind == "keys"]
-        value = {"compare": ("equal", "contains", ["overlap", "jaccard"])[len(lists)]}
-        if lists == [second]:  # `contains` takes the list first.
-            value["columns"] = [second, first]
+        shared = _shared_fraction(*map(hashes, pair))
+        lists = sum(column.kind == "keys" for column in columns)
+        pair.sort(key=lambda name: self.columns[name].kind != "keys")  # `contains` takes the list first.
+        value = {"compare": ("equal", "contains", ["overlap", "jaccard"])[lists]}
         note = f"{shared:.0%} of the values of one also occur in the other"
-        return (-shared, CommentedSetting(value, note)) if shared >= _MIN_SHARED_FRACTION else None
+        return (-shared, pair, CommentedSetting(value, note)) if shared >= _MIN_SHARED_FRACTION else None
 
     # Counters and histories
 

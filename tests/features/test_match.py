@@ -221,11 +221,12 @@ def test_infinite_numbers_and_numbers_of_another_kind() -> None:
     [
         (
             {"columns": ["u_id"]},
-            "'f' needs two columns, one of the candidate and one of the user or .*, found u_id .user",
+            "'f' needs one column of the candidate and one of the user or .* 'u_id' .user.. Change",
         ),
-        ({"columns": ["u_id", "c_id", "c_list"]}, "'f' needs two columns, .*c_list .candidate"),
-        ({"columns": ["u_id", "u_time"]}, r"'f' needs two columns, .*found u_id \(user\), u_time \(context\)"),
-        ({"columns": ["c_id", "item"]}, r"found c_id \(candidate\), item \(candidate\). Change `columns`, or "),
+        ({"columns": ["u_id", "c_id", "c_list"]}, "found 'u_id' .user., 'c_id' .candidate., 'c_list' .candidate.. Cha"),
+        ({"columns": ["u_id", "c_id", "click"]}, "found 'u_id' .user., 'c_id' .candidate., 'click' .no role.. Change "),
+        ({"columns": ["u_id", "u_time"]}, r"found 'u_id' .user., 'u_time' .context.. Change `columns`, or the roles"),
+        ({"columns": ["c_id", "item"]}, r"found 'c_id' .candidate., 'item' .candidate.. Change `columns`, or the ro"),
         ({"columns": ["slot", "c_id"]}, "'f' reads a placement column together with other columns"),
         ({"columns": ["c_id", "c_id"]}, "lists c_id twice"),
         ({"columns": ["u_idd", "c_id"]}, "reads column 'u_idd', which has no role .did you mean 'u_id'"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -32,23 +32,19 @@ _USES: dict[_Output, tuple[ColumnUse, ColumnUse]] = {
     "cosine": ("vector", "vector"),
 }
 _MISSING_TIME, _NO_LIMIT = np.iinfo(np.int64).min, np.iinfo(np.int64).max
-# Lists are compared in chunks of rows, to limit memory. The 64-bit key of an id consists of its row in the chunk and of
-# the first bits of its hash.
+# Chunks of rows limit memory. The 64-bit key of an id has its row in the chunk, and then the first bits of its hash.
 _CHUNK_ROWS, _HASH_BITS = 1024, np.uint64(54)
 
 
-_Value = TypeVar("_Value")
-_Unique = Annotated[
-    tuple[_Value, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Unique
-]
+_AsTuple = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 
 
 class MatchFeature(Feature):
     """Comparisons of a column of the user or context with a column of the candidate, as standardized numbers."""
 
     kind: Literal["match"]
-    columns: _Unique[str] = Field(description="two columns, one of the candidate and one of the user or context")
-    compare: _Unique[_Output] = Field(
+    columns: Annotated[tuple[str, ...], Unique] = Field(description="a column of the candidate and one of user/context")
+    compare: Annotated[tuple[_Output, ...], _AsTuple, Unique] = Field(
         min_length=1,
         description="one or more outputs; equal: 1 if two IDs are equal, else 0; contains: 1 if the list in the first "
         "column contains the ID in the second, else 0; overlap: number of IDs that two lists share; jaccard: this "
@@ -76,11 +72,11 @@ class MatchFeature(Feature):
     def check(self, name: str, schema: Schema) -> None:
         """Raise ValueError unless one of two columns describes the candidate, and the other the user or context."""
         schema.role_of(name)  # First report a column without role.
-        roles = [schema.column_roles[column] for column in self.columns]
-        if sorted(role.replace("context", "user") for role in roles) != ["candidate", "user"]:
-            found = ", ".join(map("{} ({})".format, self.columns, roles))
-            need = "two columns, one of the candidate and one of the user or context"
-            raise ValueError(f"feature '{name}' needs {need}, found {found}. Change `columns`, or the columns' roles.")
+        roles = {column: schema.column_roles.get(column, "no role") for column in self.columns}
+        if sorted(role.replace("context", "user") for role in roles.values()) != ["candidate", "user"]:
+            found = ", ".join(f"'{column}' ({role})" for column, role in roles.items())
+            problem = f"needs one column of the candidate and one of the user or context, found {found}"
+            raise ValueError(f"feature '{name}' {problem}. Change `columns`, or the roles of these columns.")
 
     def semantics(self, schema: Schema) -> InputSemantics:
         return InputSemantics(self.columns)
@@ -128,10 +124,10 @@ class MatchEncoder(Encoder):
         return InputSpec(dense=tuple(dense for number in self.numbers.values() for dense in number.inputs()))
 
     def encode(self, rows: LogRows) -> Inputs:
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            values = self._compare(rows)
+        values = self._compare(rows)
         return Inputs(numbers=[(values[output], number) for output, number in self.numbers.items()])
 
+    @np.errstate(invalid="ignore", divide="ignore", over="ignore")
     def _compare(self, rows: LogRows) -> dict[str, np.ndarray]:
         """Return all outputs for columns of these types, each (N,) float64, NaN if missing."""
         first, second = self.feature.columns
@@ -157,11 +153,10 @@ class MatchEncoder(Encoder):
 
     def _count_shared(self, rows: LogRows) -> np.ndarray:
         """Count the distinct ids that both lists share, that one list has, and that the other has, (3, N) int64."""
-        reads, source, index = self.feature.reads(), rows, np.arange(len(rows))
+        source, index = rows, np.arange(len(rows))
         if isinstance(rows, RequestRows):  # All candidates of a request share one list, so read it once.
             source, index = rows.shared, rows.request_index
-        own = _as_lists(rows.column(self._candidate), reads[self._candidate])
-        others = _as_lists(source.column(self._other), reads[self._other])
+        own, others = rows.column(self._candidate), source.column(self._other)
         counts = np.empty((3, len(rows)), np.int64)
         for start in range(0, len(rows), _CHUNK_ROWS):
             other_row = index[start : start + _CHUNK_ROWS] - index[start]
@@ -185,14 +180,10 @@ class MatchEncoder(Encoder):
             number.standardizer = Standardizer(**state.values[output])
 
 
-def _as_lists(column: pa.Array, use: ColumnUse) -> pa.Array:
-    """Return N lists of ids. A single id becomes a list of one."""
-    offsets = pa.array(np.arange(len(column) + 1), pa.int32())
-    return column if use == "keys" else pa.ListArray.from_arrays(offsets, column)
-
-
 def _distinct(lists: pa.Array) -> np.ndarray:
     """Return the distinct ids of up to `_CHUNK_ROWS` lists, as ascending uint64 keys with the row and the id's hash."""
+    if not pt.is_list(lists.type):  # A single id is a list of one.
+        lists = pa.ListArray.from_arrays(np.arange(len(lists) + 1, dtype=np.int32), lists)
     ids, lengths = truncate_lists(lists, _NO_LIMIT)
     row = np.repeat(np.arange(len(lengths), dtype=np.uint64), lengths)
     keys = np.sort(row << _HASH_BITS | hash_column(ids) >> (np.uint64(64) - _HASH_BITS))
