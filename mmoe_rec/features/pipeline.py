@@ -56,7 +56,7 @@ class LiveUpdates:
         levels = dict(self.levels)
         for name, encoder in self.encoders.items():
             if encoder.source in rows and len(events := encoder.events(rows[encoder.source])):
-                new = encoder.extended(encoder.empty(), events)
+                new = encoder.live_level(self.live_encoder(name).store, events)
                 try:
                     levels[name] = add_level(levels.get(name, ()), new, type(new).merged)
                 except OverflowError:
@@ -132,9 +132,9 @@ class FeaturePipeline:
     @property
     def key_groups(self) -> dict[str, list[PointInTimeEncoder[Any]]]:
         """Counters and histories in groups with the same key, by the name of each group's first feature."""
-        groups: dict[tuple[str, ...], list[PointInTimeEncoder[Any]]] = {}
+        groups: dict[Any, list[PointInTimeEncoder[Any]]] = {}
         for encoder in self.point_in_time_encoders.values():
-            groups.setdefault(encoder.key_columns, []).append(encoder)
+            groups.setdefault((encoder.key_columns, encoder.needs_all_keys), []).append(encoder)
         return {group[0].name: group for group in groups.values()}
 
     @property

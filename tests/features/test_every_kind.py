@@ -31,6 +31,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "cross": {"columns": ["brand", "age"], "buckets": 9},
     "history": {"task": "click", "of": "item", "length": 3},
     "counter": {"task": "click", "by": ["brand"]},
+    "cooccurrence": {"task": "click", "last": 3},
 }
 ROLES = {**BASE["roles"], "candidate": [*BASE["roles"]["candidate"], "look"]}
 

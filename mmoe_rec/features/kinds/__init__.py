@@ -21,6 +21,7 @@ NAMES = (
     "cross",
     "history",
     "counter",
+    "cooccurrence",
 )
 """Values of `kind` in a settings file. The file of the same name in this folder defines the kind as `KIND`."""
 
