@@ -130,8 +130,10 @@ class CooccurrenceStore(HistoryStore):
             time = np.maximum(time, since)
         is_asked = np.ones(len(self), bool) if candidates is None else np.isin(codes, candidates)
         keys, times, steps = [], [], []
-        for distance in range(min(feature.last, len(self) - 1) + 1):
-            first = np.flatnonzero(group[distance:] == group[: len(self) - distance])
+        for distance in range(feature.last + 1):
+            first = np.flatnonzero(group[distance:] == group[: -distance or None])
+            if not len(first):  # No user has so many events.
+                break
             first = first[time[first + distance] < end[first]]
             if distance:
                 same_time = first[self.events.available_at[first + distance] == self.events.available_at[first]]

@@ -128,8 +128,6 @@ class CounterStore(EventStore):
         Raises:
             OverflowError: A label, or a sum of labels, is out of range.
         """
-        if not len(key):
-            return self
         labels, positive = None, None
         if label is not None:
             labels = _to_fixed_point(label)
@@ -143,8 +141,6 @@ class CounterStore(EventStore):
         Raises:
             OverflowError: A sum of labels is out of range.
         """
-        if not len(store):
-            return self
         key, available_at, rows = store.events.key, store.events.available_at, store._steps(store.rows)
         labels, positive = _map(store._steps, store.label_sum), store.last_positive
         return self.with_steps(key, available_at, rows, labels, positive, is_sorted=True)
@@ -168,6 +164,8 @@ class CounterStore(EventStore):
             positive: (E,) int64 times of positive labels, as in `last_positive`. None if the store has none.
             is_sorted: Whether the events are sorted by key and `available_at`.
         """
+        if not len(key):
+            return self
         if len(self):
             key, available_at = np.append(self.events.key, key), np.append(self.events.available_at, available_at)
             rows = np.append(self._steps(self.rows), rows)
