@@ -234,20 +234,24 @@ class CooccurrenceEncoder(PointInTimeEncoder[CooccurrenceStore]):
         parts = []
         for start in range(0, len(lookups), _LOOKUPS_AT_ONCE):
             rows = slice(start, start + _LOOKUPS_AT_ONCE)
-            times, of_rows = lookups.time[rows], candidates[rows]
+            times, later = lookups.time[rows], candidates[rows]
             users = Lookups.sort(lookups.key[rows] << _CODE_BITS, times)
             (lists,) = store.last_events(users, self.feature.last, self.feature.window)
-            lists = lists.take(users.inverse)
-            row, earlier = np.arange(len(times)).repeat(lists.lengths), lists.values.view(np.uint64) << _CODE_BITS
-            together = count(earlier | of_rows[row], times[row])
+            earlier, user = lists.values.view(np.uint64) << _CODE_BITS, np.arange(len(users)).repeat(lists.lengths)
+            # Combine each event of a user with all rows of this user. Similar keys are then found fast.
+            by_user, rows_of_users = np.lexsort((later, users.inverse)), np.bincount(users.inverse)
+            repeats = rows_of_users[user]
+            row = by_user[concat_ranges((np.cumsum(rows_of_users) - rows_of_users)[user], repeats)]
+            event = np.arange(len(user)).repeat(repeats)
+            together = count(earlier[event] | later[row], times[row])
             found = np.flatnonzero(together)
-            row, together, earlier = row[found], together[found], earlier[found]
-            popularity = [count(keys, times[row]) for keys in (earlier, of_rows[row] << _CODE_BITS)]
-            normalized = together / np.sqrt(np.multiply(*popularity, dtype=np.float64))
-            largest, first = np.zeros(len(times)), np.flatnonzero(np.diff(row, prepend=-1))
-            largest[row[first]] = np.maximum.reduceat(together, first) if len(first) else 0
-            sums = [np.bincount(row, values, len(times)) for values in (together, normalized)]
-            parts.append([np.log1p(values) for values in (sums[0], largest, sums[1])])
+            row, event, together = row[found], event[found], together[found]
+            popularity = count(earlier, users.time[user])[event] * count(later << _CODE_BITS, times)[row]
+            largest = np.zeros(len(times))
+            np.maximum.at(largest, row, together)
+            normalized = np.bincount(row, together / np.sqrt(popularity), len(times))
+            sums = np.bincount(row, together, len(times))
+            parts.append([np.log1p(values) for values in (sums, largest, normalized)])
         results = map(np.concatenate, zip(*parts, strict=True)) if parts else [np.empty(0)] * len(self.numbers)
         return dict(zip(self.numbers, results, strict=True))
 
