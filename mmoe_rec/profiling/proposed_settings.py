@@ -22,6 +22,8 @@ _MAX_CONTEXT_VALUES = 5000
 """A context column with more values than this (such as a session) gets counters by user but not by candidate."""
 _MAX_PAIRS, _ROWS_PER_PAIR = 4, 20
 """Maximum number of counters by a user and a candidate attribute, and log rows needed per pair of values."""
+_MIN_ENGAGEMENTS = 2
+"""Minimum of the mean number of engagements of a user, and of a candidate, for counts of pairs of candidates."""
 _TEST_FRACTION, _VALIDATION_FRACTION = 0.2, 0.1
 
 
@@ -320,6 +322,20 @@ class ProposedSettings:
         for log in self.events:
             if {user, candidate} <= set(log.profile.columns):
                 self._add(f"last_{log.name}", {"kind": "history", "events": log.name, "of": of, "length": 30})
+        self._propose_cooccurrence(self.columns[user].sql, self.columns[candidate].sql)
+
+    def _propose_cooccurrence(self, user: str, candidate: str) -> None:
+        """Propose counts of pairs for the most frequent engagement, if users and candidates have several each."""
+        distinct = f"count(DISTINCT {user}), count(DISTINCT {candidate})"
+        engagements = []
+        for task in self.schema.tasks:
+            if task.kind == "binary" and task.objective == "engagement":
+                where = self.columns[task.column].positive_sql
+                rows, users, candidates = self.profile.row(f"SELECT count(*), {distinct} FROM log WHERE {where}")
+                engagements.append((rows, task.name, rows >= _MIN_ENGAGEMENTS * max(users, candidates)))
+        if engagements and max(engagements)[2]:
+            task_name = max(engagements)[1]
+            self._add(f"{task_name}_together", {"kind": "cooccurrence", "task": task_name})
 
     # Model and training
 

@@ -208,7 +208,11 @@ class _Comparison(_Rows):
         names = [item.name for item in self.prepared.layout.dense]
         for answer, statistics in self._by_name(encoder, expected).items():
             values, numbers = statistics, encoder.numbers[answer].standardizer
-            if isinstance(encoder, CounterEncoder) and encoder.task.kind == "regression" and answer.startswith(f"{name}_rate"):
+            if (
+                isinstance(encoder, CounterEncoder)
+                and encoder.task.kind == "regression"
+                and answer.startswith(f"{name}_rate")
+            ):
                 values = statistics - encoder.prior  # which rates of a regression are kept as distances from
             scaled = np.nan_to_num(np.clip((values - numbers.mean) / numbers.std, -CLIP, CLIP))
             actual = encoded.dense[:, names.index(answer)]

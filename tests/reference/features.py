@@ -77,9 +77,7 @@ def history(
     return result
 
 
-def cooccurrence(
-    log: Log, name: str, codes: dict[Any, int], rows: list[Row] | None = None
-) -> list[dict[str, float]]:
+def cooccurrence(log: Log, name: str, codes: dict[Any, int], rows: list[Row] | None = None) -> list[dict[str, float]]:
     """For each row, log(1 + x) of the sum, the largest and the normalized sum of the counts of the candidate after the
     user's last candidates. codes: of each candidate, which order those of one moment."""
     feature, user, item = log.features[name], log.columns["user"], log.columns["candidate"]
