@@ -93,8 +93,6 @@ class Encoder(ABC):
         counts: Statistics that `partial_fit` collects, such as `IdCounts`, by the end of their name. The end is "" if
             there is one statistic. Workers collect statistics from parts of a log and merge them in any order. Empty
             if the encoder needs no statistics or uses another feature's vocabulary.
-        numbers: Mean and standard deviation of each number that a build step computes for whole keys or requests, by
-            result name.
     """
 
     counts: Mapping[str, Any] = MappingProxyType({})
@@ -108,7 +106,6 @@ class Encoder(ABC):
             context: Objects that the encoders of the pipeline share.
         """
         self.name, self.feature = name, feature
-        self.numbers: dict[str, DenseNumber] = {}
 
     @abstractmethod
     def input_spec(self) -> InputSpec:
@@ -128,13 +125,6 @@ class Encoder(ABC):
 
     def finish_fit(self) -> None:  # noqa: B027
         """Compute the vocabulary, or the mean and standard deviation, from `counts`."""
-
-    def partial_fit_results(self, results: "LookupResults") -> None:
-        """Count the statistics in the `results` of training rows for `numbers`."""
-        for name, number in self.numbers.items():
-            values = results[name]
-            assert isinstance(values, np.ndarray)
-            number.histogram.add(values)
 
     def state(self) -> State:
         """Return the fitted state."""
@@ -194,10 +184,45 @@ class NumberEncoder(Encoder):
         self.number.standardizer = Standardizer(**state.values)
 
 
-class PointInTimeEncoder(Encoder, Generic[StoreType]):
-    """A counter or history of earlier events. A row sees only the events that were available at its request.
+class StatisticsEncoder(Encoder):
+    """A feature of several numbers, each standardized with a mean and standard deviation of its own.
 
-    The values that the feature computes for a row are its results: statistics of a counter, or lists of a history.
+    Attributes:
+        numbers: Mean and standard deviation of each number, by the name of the number.
+    """
+
+    def __init__(self, name: str, feature: Any, context: EncoderContext) -> None:
+        super().__init__(name, feature, context)
+        self.numbers: dict[str, DenseNumber] = {}
+
+    def input_spec(self) -> InputSpec:
+        return InputSpec(dense=tuple(dense for number in self.numbers.values() for dense in number.inputs()))
+
+    def partial_fit_results(self, results: LookupResults) -> None:
+        """Count the numbers in `results`, which a build step computed for training rows."""
+        for name, number in self.numbers.items():
+            values = results[name]
+            assert isinstance(values, np.ndarray)
+            number.histogram.add(values)
+
+    def finish_fit_results(self) -> None:
+        """Compute the mean and standard deviation of each number."""
+        for number in self.numbers.values():
+            number.finish_fit()
+
+    def state(self) -> State:
+        return State({"numbers": {name: asdict(number.standardizer) for name, number in self.numbers.items()}})
+
+    def restore(self, state: State) -> None:
+        for name, values in state.values.get("numbers", {}).items():
+            self.numbers[name].standardizer = Standardizer(**values)
+
+
+class PointInTimeEncoder(StatisticsEncoder, Generic[StoreType]):
+    """A feature of earlier events, such as a counter. A row sees only the events that were available at its request.
+
+    The values that the feature computes for a row are its results: statistics such as counts, or lists of a history.
+    This class encodes statistics. A history overrides these methods.
 
     Attributes:
         source: Name of the event log that the feature reads, None for the interaction log.
@@ -206,10 +231,13 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
         key_columns: Columns whose values form the key. A row sees the events with the same key.
         label: Name of the task if a lookup and its label are enough to build the event. Workers then send a row once,
             as a lookup with a label. None if workers send lookups and events separately.
+        needs_all_keys: Whether a lookup reads events of any key, such as the events of all users. Each worker then gets
+            all events.
         store: Event store in which `look_up` searches.
     """
 
     label: str | None = None
+    needs_all_keys = False
 
     def __init__(self, name: str, feature: Any, context: EncoderContext, key_columns: tuple[str, ...]) -> None:
         """Create an encoder without events.
@@ -249,6 +277,14 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
         """
         raise AssertionError(f"'{self.name}' has no labels")
 
+    def keys(self, rows: LogRows) -> np.ndarray:
+        """Return the keys of the lookups of N rows, (N,) uint64."""
+        return rows.hashes(self.key_columns)
+
+    def lookups(self, rows: LogRows) -> Lookups:
+        """Return the lookups of N rows."""
+        return rows.lookups(self.key_columns)
+
     @abstractmethod
     def extended(self, store: StoreType, events: pa.Table, is_sorted: bool = False) -> StoreType:
         """Return a store with additional events.
@@ -259,6 +295,15 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
             is_sorted: Whether the events are sorted by key and `available_at`.
         """
 
+    def live_level(self, store: StoreType, events: pa.Table) -> StoreType:
+        """Return a level of additional events for a store, see `EventStore.levels`.
+
+        Args:
+            store: Store with all earlier events and levels.
+            events: Table that `events` returned.
+        """
+        return self.extended(self.empty(), events)
+
     @abstractmethod
     def compacted(self, store: StoreType, moment: int) -> StoreType:
         """Return a store without the events that requests from `moment` on can't see.
@@ -268,7 +313,6 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
             moment: Earliest time of later requests in microseconds.
         """
 
-    @abstractmethod
     def result_columns(self) -> Mapping[str, tuple[ColumnUse, pa.DataType | None]]:
         """Return the columns by which a request may send values of this feature, instead of a lookup in `store`.
 
@@ -276,6 +320,7 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
             Name of each result, such as `user_brand_rate`, which is also the name of the column -> how the column is
             read, and its Arrow type (None if unknown).
         """
+        return dict.fromkeys(self.numbers, ("number", pa.float64()))
 
     @abstractmethod
     def distinct_results(self, store: StoreType, lookups: Lookups) -> Mapping[str, np.ndarray | Ragged]:
@@ -286,32 +331,48 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
             lookups: D lookups, which several rows can share.
         """
 
-    @abstractmethod
+    def encode(self, rows: LogRows) -> Inputs:
+        """Return the statistics as `Inputs.numbers`, and add them to `rows.results` for other features.
+
+        A request's column with a statistic's name takes precedence.
+        """
+        given = {name: self.centered(name, rows.numbers(name)) for name in self.numbers if rows.has_column(name)}
+        results = given if len(given) == len(self.numbers) else {**self.look_up(rows), **given}
+        rows.results.update(results)
+        return Inputs(numbers=[(np.asarray(results[name]), number) for name, number in self.numbers.items()])
+
     def explain(self, rows: LogRows) -> Mapping[str, np.ndarray]:
         """Return readable results of N rows by name, from columns of the request, or else from `store`.
 
         Statistics are (N,) float64 and not standardized, with NaN if missing. Lists are (N,) objects, each a list of
         ids as in the log, or None if it is empty.
         """
+        lookups = self.lookups(rows)
+        return {
+            name: rows.numbers(name)
+            if rows.has_column(name)
+            else np.asarray(values).astype(np.float64)[lookups.inverse]
+            for name, values in self.distinct_results(self.store, lookups).items()
+        }
 
-    def to_exchange_dtype(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Return a statistic as float32, the type in which workers exchange it.
+    def centered(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Return a statistic minus the number that a kind subtracts for precision, by default 0.
 
         Args:
             name: Name of the result.
             values: (N,) values of the statistic.
         """
-        return values.astype(np.float32)
+        return values
 
     def look_up(self, rows: LogRows) -> LookupResults:
         """Return the results that a worker attached to the rows, or else look them up in `store`."""
         names = self.result_columns().keys()
         if rows.results.keys() >= names:
             return {name: rows.results[name] for name in names}
-        return self.results(self.store, rows.lookups(self.key_columns))
+        return self.results(self.store, self.lookups(rows))
 
     def results(self, store: StoreType, lookups: Lookups) -> LookupResults:
-        """Return the results of N rows by name, with statistics in the type of `to_exchange_dtype`.
+        """Return the results of N rows by name. Statistics are `centered`, in float32, the type that workers exchange.
 
         Args:
             store: Event store to search.
@@ -320,7 +381,7 @@ class PointInTimeEncoder(Encoder, Generic[StoreType]):
         return {
             name: DedupedRagged(result, lookups.inverse)
             if isinstance(result, Ragged)
-            else self.to_exchange_dtype(name, result)[lookups.inverse]
+            else self.centered(name, result).astype(np.float32)[lookups.inverse]
             for name, result in self.distinct_results(store, lookups).items()
         }
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError, first_line
-from mmoe_rec.features.encoder import Encoder, EncoderContext, Inputs, PointInTimeEncoder, State
+from mmoe_rec.features.encoder import Encoder, EncoderContext, Inputs, PointInTimeEncoder, State, StatisticsEncoder
 from mmoe_rec.features.kinds import FEATURE_KINDS, parse_schema
 from mmoe_rec.features.kinds.counter import MAX_LABEL_SUM
 from mmoe_rec.features.kinds.relative import RelativeEncoder
@@ -59,7 +59,7 @@ class LiveUpdates:
         levels = dict(self.levels)
         for name, encoder in self.encoders.items():
             if encoder.source in rows and len(events := encoder.events(rows[encoder.source])):
-                new = encoder.extended(encoder.empty(), events)
+                new = encoder.live_level(self.live_encoder(name).store, events)
                 try:
                     levels[name] = add_level(levels.get(name, ()), new, type(new).merged)
                 except OverflowError:
@@ -141,9 +141,9 @@ class FeaturePipeline:
     @property
     def key_groups(self) -> dict[str, list[PointInTimeEncoder[Any]]]:
         """Counters and histories in groups with the same key, by the name of each group's first feature."""
-        groups: dict[tuple[str, ...], list[PointInTimeEncoder[Any]]] = {}
+        groups: dict[Any, list[PointInTimeEncoder[Any]]] = {}
         for encoder in self.point_in_time_encoders.values():
-            groups.setdefault(encoder.key_columns, []).append(encoder)
+            groups.setdefault((encoder.key_columns, encoder.needs_all_keys), []).append(encoder)
         return {group[0].name: group for group in groups.values()}
 
     @property
@@ -207,8 +207,8 @@ class FeaturePipeline:
     def finish_fit_results(self) -> None:
         """Compute the mean and standard deviation of each statistic of a counter and of each relative number."""
         for encoder in self.encoders.values():
-            for number in encoder.numbers.values():
-                number.finish_fit()
+            if isinstance(encoder, StatisticsEncoder):
+                encoder.finish_fit_results()
 
     @cached_property
     def layout(self) -> Layout:

@@ -35,7 +35,8 @@ class LogRows:
     """N rows of a table with canonical columns (see `mmoe_rec.log.columns`)."""
 
     _row_numbers: np.ndarray | None = None
-    _make_lookups = staticmethod(Lookups.sort)
+    make_lookups = staticmethod(Lookups.sort)
+    """Function that makes lookups of N keys and times."""
 
     def __init__(
         self,
@@ -138,7 +139,7 @@ class LogRows:
         """Return the lookups of these rows in counters and histories whose key consists of the columns `names`."""
         key = tuple(names)
         if key not in self._lookups:
-            self._lookups[key] = self._make_lookups(self.hashes(names), self.times())
+            self._lookups[key] = self.make_lookups(self.hashes(names), self.times())
         return self._lookups[key]
 
     def times(self, name: str | None = None) -> np.ndarray:
@@ -267,7 +268,7 @@ class ServingRows(LogRows):
     first, which is faster for many rows.
     """
 
-    _make_lookups = staticmethod(Lookups.one_per_row)
+    make_lookups = staticmethod(Lookups.one_per_row)
 
     def __init__(self, columns: Mapping[str, pa.Array | CachedValues], rows: int, schema: Schema) -> None:
         """Wrap canonical columns.

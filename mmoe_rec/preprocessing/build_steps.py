@@ -28,11 +28,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.devices import keep_freed_memory, keeping_freed_memory, usable_cores
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoder import PointInTimeEncoder
+from mmoe_rec.features.encoder import PointInTimeEncoder, StatisticsEncoder
 from mmoe_rec.features.numeric_statistics import NumberHistogram
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader, find_bad_file
@@ -405,12 +406,10 @@ class BuildSteps:
 
     def _count_sent(self, group: Sequence[PointInTimeEncoder[Any]], partition: int) -> int:
         """Return how many rows a partition holds in memory: all lookups, plus the most events of one feature."""
-        sent = self._counted.sent
-        lookups, *events = (
-            int(sent[channel][partition]) if channel in sent else 0
-            for channel in (lookups_channel(group[0].name), *(events_channel(encoder.name) for encoder in group))
-        )
-        return lookups + max(events)
+        sent, none = self._counted.sent, np.zeros(partition + 1, np.int64)
+        events = [sent.get(events_channel(encoder.name), none) for encoder in group]
+        most = max(int(rows.sum() if group[0].needs_all_keys else rows[partition]) for rows in events)
+        return int(sent.get(lookups_channel(group[0].name), none)[partition]) + most
 
     def encode(self, pipeline_dir: Path, folder: Path, label_cutoff: Mapping[str, int]) -> dict[str, SplitCounts]:
         """Encode the rows of each split to `folder`/SPLIT, and write the layout to `folder`.
@@ -458,5 +457,7 @@ def _merge_histograms(pipeline: FeaturePipeline, counts: Iterator[dict[str, dict
     """Add histograms by feature and name of the result to the histograms of a pipeline."""
     for features in counts:
         for name, histograms in features.items():
-            for result, number in pipeline.encoders[name].numbers.items():
+            encoder = pipeline.encoders[name]
+            assert isinstance(encoder, StatisticsEncoder)
+            for result, number in encoder.numbers.items():
                 number.histogram.merge(histograms[result])

@@ -203,7 +203,7 @@ class _Sender:
         wanted = np.flatnonzero(in_any_window(times, self.job.windows.values()))
         task_labels: dict[str, np.ndarray] = {}
         for name, group in pipeline.key_groups.items():
-            lookups = {"key": rows.hashes(group[0].key_columns), "time": times, "row": number}
+            lookups = {"key": group[0].keys(rows), "time": times, "row": number}
             labeled = {encoder.label: encoder for encoder in group if encoder.label is not None}
             for task, encoder in labeled.items():
                 if task not in task_labels:

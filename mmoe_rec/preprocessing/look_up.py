@@ -298,16 +298,20 @@ class ReceivedRows:
         number: Number of the partition or piece, which is the receiver of its rows.
         group: Encoders of the counters and histories that share the key columns, such as the user.
         window: Times [start, end) of the piece, in microseconds. None means no limit.
+        all_events: Whether to receive the events of all partitions.
     """
 
     exchange: Exchange
     number: int
     group: EncoderGroup
     window: Window = (None, None)
+    all_events: bool = False
 
     def receive(self, channel: str) -> Iterator[pa.Table]:
         """Yield the rows that were sent through a channel."""
-        return self.exchange.receive(channel, self.number)
+        is_shared = self.all_events and channel != lookups_channel(self.group[0].name)
+        for number in range(self.exchange.receivers) if is_shared else [self.number]:
+            yield from self.exchange.receive(channel, number)
 
     def split_by_time(self, rows: int, rows_in_memory: int, scratch: Path) -> "Iterator[ReceivedRows]":
         """Divide the rows by time into pieces of about `rows_in_memory` rows, and yield the pieces in order.
@@ -444,7 +448,7 @@ def look_up_partition(job: LookupJob, partition: KeyPartition) -> dict[str, dict
     group = load_pipeline(job.pipeline_dir).key_groups[partition.group]
     counting = FeaturePipeline(load_pipeline(job.pipeline_dir).schema).point_in_time_encoders
     stores: dict[str, EventStore] = {encoder.name: _previous_store(job, encoder, partition) for encoder in group}
-    received = ReceivedRows(job.events, partition.number, group)
+    received = ReceivedRows(job.events, partition.number, group, all_events=group[0].needs_all_keys)
     scratch = job.scratch / partition.group / f"{partition.number}"
     splits = list(job.windows.values())
 
@@ -462,7 +466,12 @@ def look_up_partition(job: LookupJob, partition: KeyPartition) -> dict[str, dict
                 # Labels may become available long after the last request, so a piece can end after `job.end`.
                 stores[encoder.name] = encoder.compacted(store, min(chunk.end_time, job.end))
             else:
-                write_event_store(encoder.compacted(store, job.end), job.stores, encoder.name, partition.number)
+                store = encoder.compacted(store, job.end)
+                if encoder.needs_all_keys:
+                    own = assign_partitions(store.events.key, job.events.receivers) == partition.number
+                    columns = {name: column[own] for name, column in store.to_columns().items()}
+                    store = store.with_columns(columns, store.compacted_at)
+                write_event_store(store, job.stores, encoder.name, partition.number)
         if len(chunk.rows):
             job.results.send(partition.group, (partition.number, turn), chunk.rows, chunk_results)
     features = {encoder.name: counting[encoder.name].numbers for encoder in group}
@@ -482,6 +491,8 @@ def _load_pipeline(pipeline_dir: Path, written: int) -> FeaturePipeline:
 def _previous_store(job: LookupJob, encoder: PointInTimeEncoder[Any], partition: KeyPartition) -> EventStore:
     if job.previous is None:
         return encoder.store
+    if encoder.needs_all_keys:
+        return read_event_store(encoder, job.previous)
     start, end = key_range(partition.number, job.events.receivers)
     inside = pc.field("key") >= pa.scalar(start, pa.uint64())
     if end < 2**64:

@@ -30,6 +30,8 @@ _MIN_LIST_ROWS, _MAX_COMPARED = 3, 8
 _MAX_MATCHES = 8
 _MIN_SHARED_FRACTION, _MIN_VALUES, _MAX_HASHES = 0.5, 5, 10_000
 """Fraction of values that compared columns of IDs must share, and least and largest number of these values."""
+_MIN_ENGAGEMENTS = 2
+"""Minimum of the mean number of engagements of a user, and of a candidate, for counts of pairs of candidates."""
 _TEST_FRACTION, _VALIDATION_FRACTION = 0.2, 0.1
 
 
@@ -373,6 +375,20 @@ class ProposedSettings:
         for log in self.events:
             if {user, candidate} <= set(log.profile.columns):
                 self._add(f"last_{log.name}", {"kind": "history", "events": log.name, "of": of, "length": 30})
+        self._propose_cooccurrence(self.columns[user].sql, self.columns[candidate].sql)
+
+    def _propose_cooccurrence(self, user: str, candidate: str) -> None:
+        """Propose counts of pairs for the most frequent engagement, if users and candidates have several each."""
+        distinct = f"count(DISTINCT {user}), count(DISTINCT {candidate})"
+        engagements = []
+        for task in self.schema.tasks:
+            if task.kind == "binary" and task.objective == "engagement":
+                where = self.columns[task.column].positive_sql
+                rows, users, candidates = self.profile.row(f"SELECT count(*), {distinct} FROM log WHERE {where}")
+                engagements.append((rows, task.name, rows >= _MIN_ENGAGEMENTS * max(users, candidates)))
+        if engagements and max(engagements)[2]:
+            task_name = max(engagements)[1]
+            self._add(f"{task_name}_together", {"kind": "cooccurrence", "task": task_name})
 
     def _propose_relative(self) -> None:
         """Compare numbers and counters of the candidates within each request."""

@@ -96,13 +96,15 @@ class Feature(Section, ABC):
             schema: Schema that contains the feature.
         """
 
-    def require_column(self, name: str, schema: Schema, purpose: Literal["user", "time"], reason: str) -> None:
-        """Raise ValueError if the log lacks the column of users or times.
+    def require_column(
+        self, name: str, schema: Schema, purpose: Literal["user", "candidate", "time"], reason: str
+    ) -> None:
+        """Raise ValueError if the log lacks the column of users, candidates or times.
 
         Args:
             name: Name of the feature.
             schema: Schema that contains the feature.
-            purpose: Whether the column of users or of request times is required.
+            purpose: Whether the column of users, of candidates or of request times is required.
             reason: Reason in the error message, a clause after "because".
         """
         if not getattr(schema.columns, f"has_{purpose}"):

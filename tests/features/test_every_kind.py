@@ -32,6 +32,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "match": {"columns": ["likes", "tags"], "compare": ["overlap", "jaccard"]},
     "history": {"task": "click", "of": "item", "length": 3},
     "counter": {"task": "click", "by": ["brand"]},
+    "cooccurrence": {"task": "click", "last": 3},
     "relative": {"columns": ["price"]},
 }
 ROLES = {**BASE["roles"], "user": ["age", "likes"], "candidate": [*BASE["roles"]["candidate"], "look"]}

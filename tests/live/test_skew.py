@@ -37,6 +37,8 @@ FEATURES: dict[str, Any] = {
         "outputs": ["log_sum", "log_count", "recency"],
         "window_days": [None, 0.5, 2],
     },
+    "viewed_together": {"kind": "cooccurrence", "events": "views", "last": 4, "max_events": 9, "window_days": 2},
+    "liked_together": {"kind": "cooccurrence", "task": "liked", "last": 5},
     "carts": {"kind": "counter", "events": "carts", "by": ["item"], "window_days": [1]},
 }
 

@@ -213,7 +213,7 @@ def remember(
 
 def raw_results(encoder: PointInTimeEncoder, rows: LogRows) -> dict[str, np.ndarray | Ragged]:
     """What a counter or history says of rows, in full precision."""
-    asked = rows.lookups(encoder.key_columns)
+    asked = encoder.lookups(rows)
     return {
         name: item.take(asked.inverse) if isinstance(item, Ragged) else item[asked.inverse]
         for name, item in encoder.distinct_results(encoder.store, asked).items()

@@ -14,6 +14,8 @@ from rich.progress import Progress
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
+from mmoe_rec.features.encoder import PointInTimeEncoder
+from mmoe_rec.features.kinds.cooccurrence import CooccurrenceEncoder
 from mmoe_rec.features.kinds.counter import CounterEncoder
 from mmoe_rec.features.kinds.history import HistoryEncoder
 from mmoe_rec.features.layout import EncodedInputs
@@ -21,6 +23,7 @@ from mmoe_rec.features.numeric_statistics import CLIP
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import Vocabulary
 from mmoe_rec.log import reader as log
+from mmoe_rec.log.columns import hash_column
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.preprocessing import build_steps as steps
@@ -126,7 +129,10 @@ class _Comparison(_Rows):
 
     def compare(self, means: dict[str, float]) -> int:
         """Compares all splits, and what memories say of requests to come; gives the number of values."""
-        counters = {name: features.counter(self.naive, name, mean) for name, mean in means.items()}
+        counters: dict[str, list[dict]] = {
+            name: features.counter(self.naive, name, mean) for name, mean in means.items()
+        }
+        counters["pairs"] = features.cooccurrence(self.naive, "pairs", self._codes())
         histories = {
             name: features.history(self.naive, name, self._table_rows(encoder))
             for name, encoder in self.pipeline.point_in_time_encoders.items()
@@ -164,7 +170,11 @@ class _Comparison(_Rows):
                 for part, item in lists.items():
                     self._same_lists(part, actual[part], item)
             else:
-                statistics = features.counter(self.naive, name, means[name], asking)
+                statistics: list[dict] = (
+                    features.cooccurrence(self.naive, name, self._codes(), asking)
+                    if isinstance(encoder, CooccurrenceEncoder)
+                    else features.counter(self.naive, name, means[name], asking)
+                )
                 for answer, values in self._by_name(encoder, statistics).items():
                     scale = np.maximum(1, np.abs(values))
                     self._close(actual[answer] / scale, values / scale, f"{answer} later", TOLERANCE)
@@ -194,11 +204,15 @@ class _Comparison(_Rows):
 
     def _counter(self, name: str, expected: list[dict], encoded: EncodedInputs) -> None:
         encoder = self.pipeline.encoders[name]
-        assert isinstance(encoder, CounterEncoder)
+        assert isinstance(encoder, PointInTimeEncoder)
         names = [item.name for item in self.prepared.layout.dense]
         for answer, statistics in self._by_name(encoder, expected).items():
             values, numbers = statistics, encoder.numbers[answer].standardizer
-            if encoder.task.kind == "regression" and answer.startswith(f"{name}_rate"):
+            if (
+                isinstance(encoder, CounterEncoder)
+                and encoder.task.kind == "regression"
+                and answer.startswith(f"{name}_rate")
+            ):
                 values = statistics - encoder.prior  # which rates of a regression are kept as distances from
             scaled = np.nan_to_num(np.clip((values - numbers.mean) / numbers.std, -CLIP, CLIP))
             actual = encoded.dense[:, names.index(answer)]
@@ -210,9 +224,17 @@ class _Comparison(_Rows):
                 missing = encoded.dense[:, names.index(f"{answer}_missing")]
                 assert (missing == np.isnan(values)).all(), self._says(f"{answer}_missing")
 
-    def _by_name(self, encoder: CounterEncoder, rows: list[dict]) -> dict[str, np.ndarray]:
-        """The statistics of N rows under the names of a counter's results."""
+    def _codes(self) -> dict[Any, int]:
+        """The order of candidates of one moment: the upper halves of their hashes."""
+        tables = (self.naive.rows, *self.naive.events.values())
+        items = list({row["item"] for rows in tables for row in rows} - {None})
+        return dict(zip(items, (hash_column(pa.array(items)) >> np.uint64(32)).tolist(), strict=True))
+
+    def _by_name(self, encoder: PointInTimeEncoder, rows: list[dict]) -> dict[str, np.ndarray]:
+        """The statistics of N rows under the names of a feature's results."""
         feature = encoder.feature
+        if isinstance(encoder, CooccurrenceEncoder):
+            return {f"{encoder.name}_{output}": np.array([row[output] for row in rows]) for output in rows[0]}
         totals = [output for output in feature.outputs if output != "recency"]
         keys = [(output, days) for days in feature.window_days for output in totals]
         keys += [("recency", None)] * ("recency" in feature.outputs)

@@ -106,6 +106,7 @@ def draw(seed: int) -> DrawnLog:
     events = _events(rng, log)
     events["stage"] = np.minimum(rng.integers(0, stages, len(events)), stages - 1)
     _ask_for_more_of_events(seed, settings)
+    settings["features"]["pairs"] = _cooccurrence(np.random.default_rng([seed, 7]))
     log, events = (_in_files(rng, item) for item in (log, events))
     options = {
         "workers": int(rng.choice([1, 2])),
@@ -198,6 +199,18 @@ def _history(rng: np.random.Generator) -> dict[str, Any]:
     if source == "spent" or rng.random() < 0.2:
         history["min_label"] = _pick(rng, [0.0, 1.0, 0.5])
     return history
+
+
+def _cooccurrence(rng: np.random.Generator) -> dict[str, Any]:
+    source = _pick(rng, [*TASKS, "bought"])
+    last = int(rng.integers(1, 5))
+    pairs = {"kind": "cooccurrence", "last": last, "max_events": last + int(rng.integers(0, 5))}
+    pairs["events" if source == "bought" else "task"] = source
+    if source == "spent" or rng.random() < 0.5:
+        pairs["min_label"] = _pick(rng, [0.0, 1.0, 0.5])
+    if rng.random() < 0.4:
+        pairs["window_days"] = _pick(rng, [2.25, 1, 0.5, 1 / 86_400_000_000])
+    return pairs
 
 
 def _log(rng: np.random.Generator, settings: dict[str, Any]) -> pd.DataFrame:

@@ -22,6 +22,7 @@ OF_PURCHASES = {
         "outputs": ["log_sum", "log_count", "recency"],
         "window_days": [None, 1],
     },
+    "pairs": {"kind": "cooccurrence", "events": "purchases", "last": 3, "max_events": 5},
 }
 FEATURES = {**ALL_KINDS, **OF_PURCHASES}
 WINDOWS = windows_of(5, 6)

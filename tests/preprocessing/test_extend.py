@@ -156,7 +156,10 @@ def _only_events(log: Growing) -> None:
         (_write_last_again, r"^none of the 1 new rows is of a new request later than 2023"),
         (_change_schema, r"setting 'features.item.oov_buckets' is 4 in the features in '.*' and 3 now; build the fe"),
         (_drop_feature, r"setting 'features.price' is present in the features in '.*' and missing now"),
-        (_swap_features, r"'features' is in the order item, brand, .* in the features in '.*' and in the order n, b"),
+        (
+            _swap_features,
+            r"'features' is in the order item, brand, .* in the features in '.*' and in the order pairs, n, b",
+        ),
         (_change_type, r"column 'item' has the type int64 when"),
         (_only_events, r"^none of the 0 new rows is of a new request later than 2023"),
         (

@@ -71,3 +71,23 @@ def test_a_column_that_some_files_lack_is_left_out(tmp_path: Path, capsys: pytes
     run("init", tmp_path / "log", "--out", tmp_path / "shop.yaml")
     assert "b.parquet' has no such column" in "".join(capsys.readouterr())
     assert "price" not in str(yaml.safe_load((tmp_path / "shop.yaml").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("users", "items", "expected"),
+    [(200, 90, [{"kind": "cooccurrence", "task": "clicked"}]), (6_000, 90, []), (9, 9_000, [])],
+)
+def test_pairs_are_counted_if_users_and_candidates_come_back(
+    tmp_path: Path, users: int, items: int, expected: list[dict]
+) -> None:
+    """Of two tasks, the more frequent one counts."""
+    random, size = np.random.default_rng(0), 12_000
+    user, item = random.integers(0, users, size), random.integers(0, items, size)
+    time = pa.array(1_700_000_000 + 60 * np.arange(size)).cast(pa.timestamp("s"))
+    clicked, bought = random.random(size) < 0.4, random.random(size) < 0.1
+    labels = {name: values.astype(int) for name, values in {"bought": bought, "clicked": clicked}.items()}
+    log = pa.table({"user_id": user, "item_id": item, "time": time, **labels})
+    pq.write_table(log, tmp_path / "shop.parquet")
+    run("init", tmp_path / "shop.parquet", "--out", tmp_path / "shop.yaml")
+    features = yaml.safe_load((tmp_path / "shop.yaml").read_text())["features"]
+    assert [feature for feature in features.values() if feature["kind"] == "cooccurrence"] == expected

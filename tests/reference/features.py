@@ -77,6 +77,41 @@ def history(
     return result
 
 
+def cooccurrence(log: Log, name: str, codes: dict[Any, int], rows: list[Row] | None = None) -> list[dict[str, float]]:
+    """For each row, log(1 + x) of the sum, the largest and the normalized sum of the counts of the candidate after the
+    user's last candidates. codes: of each candidate, which order those of one moment."""
+    feature, user, item = log.features[name], log.columns["user"], log.columns["candidate"]
+    last, most, window = feature["last"], feature["max_events"], _microseconds(feature.get("window_days"))
+    events = [
+        (row[user], known, row[item])
+        for row, known, label in _remembered(log, feature)
+        if label >= feature.get("min_label", 1.0) and row[user] is not None and row[item] is not None
+    ]
+    result = []
+    for row in log.rows if rows is None else rows:
+        now, pairs, popularity = log.time(row), Counter[Any](), Counter[Any]()
+        own: list[Any] = []
+        for each in {event[0] for event in events}:
+            seen = [event for event in events if event[0] == each and event[1] <= now]
+            seen = sorted(seen, key=lambda event: (event[1], codes[event[2]]))[-most:]
+            seen = [event for event in seen if window is None or event[1] > now - window]
+            for place, (_, known, second) in enumerate(seen):
+                popularity[second] += 1
+                for _, before, first in seen[max(0, place - last) : place]:
+                    pairs[first, second] += 1
+                    if before == known:
+                        pairs[second, first] += 1
+            if each == row[user]:
+                own = [event[2] for event in seen[-last:]]
+        candidate = row[item]
+        counts = [(pairs[first, candidate], popularity[first]) for first in own if pairs[first, candidate]]
+        normalized = [count / math.sqrt(other * popularity[candidate]) for count, other in counts]
+        plain = [count for count, _ in counts]
+        values = {"sum": sum(plain), "max": max(plain, default=0), "normalized": math.fsum(normalized)}
+        result.append({output: math.log1p(value) for output, value in values.items()})
+    return result
+
+
 def _remembered(log: Log, feature: Row) -> list[tuple[Row, int, float]]:
     """Rows, the moments from which they are known, and labels. Nothing is known at the moment of its own request."""
     if feature.get("events") is not None:

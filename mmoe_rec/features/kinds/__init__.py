@@ -22,6 +22,7 @@ NAMES = (
     "match",
     "history",
     "counter",
+    "cooccurrence",
     "relative",
 )
 """Values of `kind` in a settings file. The file of the same name in this folder defines the kind as `KIND`."""

@@ -1,7 +1,7 @@
 """The feature kind `counter`: counts and rates of the earlier labels of a key, such as a user and a brand."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal, Self
 
@@ -10,8 +10,8 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoder import EncoderContext, FeatureKind, Inputs, InputSpec, PointInTimeEncoder, State
-from mmoe_rec.features.numeric_statistics import DenseNumber, NumberHistogram, Standardizer
+from mmoe_rec.features.encoder import EncoderContext, FeatureKind, PointInTimeEncoder, State
+from mmoe_rec.features.numeric_statistics import DenseNumber, NumberHistogram
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.point_in_time.join import NEVER, EventStore, Lookups, SortedEvents, availability_times, take_or_default
 from mmoe_rec.settings.log_columns import ColumnUse
@@ -134,14 +134,12 @@ class CounterStore(EventStore):
         Raises:
             OverflowError: A label, or a sum of labels, is out of range.
         """
-        if not len(key):
-            return self
         labels, positive = None, None
         if label is not None:
             labels = _to_fixed_point(label)
             if self.last_positive is not None:
                 positive = np.where(labels > 0, available_at, NEVER)
-        return self._with_steps(key, available_at, np.ones(len(key), np.int32), labels, positive, is_sorted)
+        return self.with_steps(key, available_at, np.ones(len(key), np.int32), labels, positive, is_sorted)
 
     def merged(self, store: "CounterStore") -> "CounterStore":
         """Return a store with the events of both stores and the `compacted_at` of this store.
@@ -149,22 +147,31 @@ class CounterStore(EventStore):
         Raises:
             OverflowError: A sum of labels is out of range.
         """
-        if not len(store):
-            return self
         key, available_at, rows = store.events.key, store.events.available_at, store._steps(store.rows)
         labels, positive = _map(store._steps, store.label_sum), store.last_positive
-        return self._with_steps(key, available_at, rows, labels, positive, is_sorted=True)
+        return self.with_steps(key, available_at, rows, labels, positive, is_sorted=True)
 
-    def _with_steps(
+    def with_steps(
         self,
         key: np.ndarray,
         available_at: np.ndarray,
         rows: np.ndarray,
-        labels: np.ndarray | None,
-        positive: np.ndarray | None,
-        is_sorted: bool,
+        labels: np.ndarray | None = None,
+        positive: np.ndarray | None = None,
+        is_sorted: bool = False,
     ) -> "CounterStore":
-        """Return a store with additional events, which add `rows` and fixed-point `labels` to their key's totals."""
+        """Return a store with E additional events, which change the totals of their keys.
+
+        Args:
+            key: (E,) uint64 keys.
+            available_at: (E,) int64 microseconds at which the events become available.
+            rows: (E,) int32 numbers to add to the number of rows.
+            labels: (E,) int64 numbers to add to `label_sum`. None if the store has no labels.
+            positive: (E,) int64 times of positive labels, as in `last_positive`. None if the store has none.
+            is_sorted: Whether the events are sorted by key and `available_at`.
+        """
+        if not len(key):
+            return self
         if len(self):
             key, available_at = np.append(self.events.key, key), np.append(self.events.available_at, available_at)
             rows = np.append(self._steps(self.rows), rows)
@@ -194,6 +201,11 @@ class CounterStore(EventStore):
             positive = pd.Series(positive).groupby(groups.group_ids).cummax().to_numpy()[kept]
         events, totals = SortedEvents(key[kept], available_at[kept]), running(rows, np.int64).astype(np.int32)
         return replace(self, events=events, rows=totals, label_sum=sums, last_positive=positive)
+
+    def without_zero_steps(self) -> "CounterStore":
+        """Return a store of rows without the events that don't change the number of rows."""
+        kept = np.flatnonzero(self._steps(self.rows))
+        return replace(self, events=self.events.take(kept), rows=self.rows[kept])
 
     def _steps(self, totals: np.ndarray) -> np.ndarray:
         """Return the amount that each event added to its key's running `totals`."""
@@ -383,9 +395,6 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
         all_time = None in self.feature.window_days or "recency" in self.feature.outputs
         return store.compacted(moment, max(filter(None, self._windows.values()), default=0), all_time)
 
-    def result_columns(self) -> Mapping[str, tuple[ColumnUse, pa.DataType | None]]:
-        return dict.fromkeys(self.numbers, ("number", pa.float64()))
-
     def distinct_results(self, store: CounterStore, lookups: Lookups) -> dict[str, np.ndarray]:
         totals, results = LookupTotals(store, lookups), dict[str, np.ndarray]()
         for suffix, window in self._windows.items() if self._totals else ():
@@ -397,16 +406,13 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
             results[f"{self.name}_recency"] = _recency(totals.time, totals.last_positive())
         return results
 
-    def to_exchange_dtype(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Return a statistic as float32. For precision, rates of a regression task become differences from `prior`.
+    def centered(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Return a statistic. Rates of a regression task become differences from `prior`.
 
         Args:
             name: Name of the result.
             values: (N,) values of the statistic.
         """
-        return self._distances(name, values).astype(np.float32)
-
-    def _distances(self, name: str, values: np.ndarray) -> np.ndarray:
         return _distances(values, self.offset) if name.startswith(f"{self.name}_rate") else values
 
     @property
@@ -414,36 +420,12 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
         """Number to subtract from rates before they become float32: `prior` for a regression task, else 0."""
         return self.prior if self.has_fractional_labels else 0.0
 
-    def input_spec(self) -> InputSpec:
-        return InputSpec(dense=tuple(dense for number in self.numbers.values() for dense in number.inputs()))
-
-    def encode(self, rows: LogRows) -> Inputs:
-        """Return the statistics as `Inputs.numbers`, and add them to `rows.results` for other features.
-
-        A request's column with a statistic's name takes precedence.
-        """
-        given = {name: self._distances(name, rows.numbers(name)) for name in self.numbers if rows.has_column(name)}
-        results = given if len(given) == len(self.numbers) else {**self.look_up(rows), **given}
-        rows.results.update(results)
-        return Inputs(numbers=[(np.asarray(results[name]), number) for name, number in self.numbers.items()])
-
-    def explain(self, rows: LogRows) -> Mapping[str, np.ndarray]:
-        """Return (N,) float64 statistics by name. A request's column with a statistic's name takes precedence."""
-        lookups = rows.lookups(self.key_columns)
-        results = self.distinct_results(self.store, lookups)
-        return {
-            name: rows.numbers(name) if rows.has_column(name) else values.astype(np.float64)[lookups.inverse]
-            for name, values in results.items()
-        }
-
     def state(self) -> State:
-        numbers = {name: asdict(number.standardizer) for name, number in self.numbers.items()}
-        return State({"prior": self.prior, "numbers": numbers})
+        return State({"prior": self.prior, **super().state().values})
 
     def restore(self, state: State) -> None:
         self.prior = state.values["prior"]
-        for name, values in state.values["numbers"].items():
-            self.numbers[name].standardizer = Standardizer(**values)
+        super().restore(state)
 
 
 def _statistic(output: str, rows: np.ndarray, labels: np.ndarray, smoothing: float, prior: float) -> np.ndarray:

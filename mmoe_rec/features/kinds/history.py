@@ -22,7 +22,7 @@ from mmoe_rec.point_in_time.join import EventStore, Lookups, SortedEvents, avail
 from mmoe_rec.settings.log_columns import ColumnUse
 from mmoe_rec.settings.schema import EventFeature, InputSemantics, Schema, Unique
 
-_NO_CUTOFF = np.iinfo(np.int64).max
+NO_CUTOFF = np.iinfo(np.int64).max
 MAX_ATTENTION_LENGTH = 512
 
 
@@ -121,7 +121,7 @@ class HistoryStore(EventStore):
     def merged(self, store: Self) -> Self:
         return self.extended(store.events.key, store.events.available_at, store.items, *store.attributes)
 
-    def last_events(self, lookups: Lookups, length: int) -> list[Ragged]:
+    def last_events(self, lookups: Lookups, length: int, window: int | None = None) -> list[Ragged]:
         """Return lists of table rows, first of the last items available at D lookups, then of each attribute.
 
         In a list, the oldest item comes first. Items with equal times are ordered by table row.
@@ -129,13 +129,15 @@ class HistoryStore(EventStore):
         Args:
             lookups: D lookups.
             length: Maximum number of items per lookup.
+            window: Maximum age of items in microseconds, None without a limit.
         """
         lookups, parts, part_lengths = lookups.clamp_times(self.compacted_at), [], []
         stores: list[HistoryStore] = [self, *self.levels]
         for store in stores:
             join = store.join(lookups)
             last = join.last()
-            lengths = np.clip(last + 1 - join.first, 0, length)
+            first = join.first if window is None else np.maximum(join.first, join.last(window) + 1)
+            lengths = np.clip(last + 1 - first, 0, length)
             index = concat_ranges(last + 1 - lengths, lengths)
             parts.append([column[index] for column in (store.events.available_at, store.items, *store.attributes)])
             part_lengths.append(lengths)
@@ -149,12 +151,13 @@ class HistoryStore(EventStore):
             rows = [column[last] for column in rows]
         return [Ragged(column, lengths.astype(np.int32)) for column in rows]
 
-    def compacted(self, moment: int, length: int) -> Self:
+    def compacted(self, moment: int, length: int, window: int | None = None) -> Self:
         """Return a store without the events that requests from `moment` on can't see.
 
         Args:
             moment: Earliest time of later requests in microseconds.
             length: Maximum number of items per request.
+            window: Maximum age of items in microseconds, None without a limit.
         """
         # Keep the last `length` events that are available at `moment`, because a request sees them until later events
         # become available.
@@ -162,6 +165,8 @@ class HistoryStore(EventStore):
         available_count = np.add.reduceat(np.append(events.available_at <= moment, 0), events.starts[:-1])
         within_key = np.arange(len(events)) - events.starts[events.group_ids]
         needed = within_key >= (available_count - length)[events.group_ids]
+        if window is not None:
+            needed &= events.available_at > moment - window
         columns = {name: column[needed] for name, column in self.to_columns().items()}
         return self.with_columns(columns, self._compaction_time(moment))
 
@@ -199,7 +204,7 @@ class HistoryEncoder(PointInTimeEncoder[HistoryStore]):
 
     def events(self, rows: LogRows) -> pa.Table:
         """Return one event for each row in which the user engaged. Items and attributes are ids, not table rows."""
-        engaged = np.flatnonzero(rows.labels(self.task, _NO_CUTOFF) >= self.feature.min_label)
+        engaged = np.flatnonzero(rows.labels(self.task, NO_CUTOFF) >= self.feature.min_label)
         available_at = availability_times(rows.times()[engaged], self.label_delay_us)
         columns = {
             _event_column(index): rows.column(vocabulary.feature.column).take(pa.array(engaged))
@@ -266,7 +271,7 @@ class HistoryEncoder(PointInTimeEncoder[HistoryStore]):
     def explain(self, rows: LogRows) -> Mapping[str, np.ndarray]:
         """Return (N,) lists of the log's ids by name, None for an empty list. Lists in the request take precedence."""
         results = {}
-        given, lookups = self._given(rows), rows.lookups(self.key_columns)
+        given, lookups = self._given(rows), self.lookups(rows)
         stored = {} if given is not None else self.distinct_results(self.store, lookups)
         for name in self.result_columns():
             lists: list[Any]

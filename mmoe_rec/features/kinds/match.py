@@ -1,7 +1,6 @@
 """The feature kind `match`: comparisons of a column of the user or context with a column of the candidate."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -10,10 +9,10 @@ import pyarrow.types as pt
 from pydantic import BeforeValidator, Field, model_validator
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoder import Encoder, EncoderContext, FeatureKind, Inputs, InputSpec, State
+from mmoe_rec.features.encoder import EncoderContext, FeatureKind, Inputs, StatisticsEncoder
 from mmoe_rec.features.kinds.ids import truncate_lists
 from mmoe_rec.features.kinds.vector import read_vectors
-from mmoe_rec.features.numeric_statistics import DenseNumber, Standardizer
+from mmoe_rec.features.numeric_statistics import DenseNumber
 from mmoe_rec.log.columns import EXPECTED, element_type, hash_column
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, RequestRows
 from mmoe_rec.point_in_time.join import find_keys
@@ -82,7 +81,7 @@ class MatchFeature(Feature):
         return InputSemantics(self.columns)
 
 
-class MatchEncoder(Encoder):
+class MatchEncoder(StatisticsEncoder):
     """Encoder of comparisons of two columns. Each output has its own mean and standard deviation.
 
     Attributes:
@@ -117,11 +116,7 @@ class MatchEncoder(Encoder):
             number.histogram.add(values)
 
     def finish_fit(self) -> None:
-        for number in self.numbers.values():
-            number.finish_fit()
-
-    def input_spec(self) -> InputSpec:
-        return InputSpec(dense=tuple(dense for number in self.numbers.values() for dense in number.inputs()))
+        self.finish_fit_results()
 
     def encode(self, rows: LogRows) -> Inputs:
         values = self._compare(rows)
@@ -171,13 +166,6 @@ class MatchEncoder(Encoder):
                 np.bincount(row_in_others, minlength=other_size)[other_row],
             )
         return counts
-
-    def state(self) -> State:
-        return State({output: asdict(number.standardizer) for output, number in self.numbers.items()})
-
-    def restore(self, state: State) -> None:
-        for output, number in self.numbers.items():
-            number.standardizer = Standardizer(**state.values[output])
 
 
 def _distinct(lists: pa.Array) -> np.ndarray:

@@ -1,7 +1,6 @@
 """The feature kind `relative`: numbers of a candidate in relation to the other candidates of its request."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -10,9 +9,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from mmoe_rec.errors import suggest
-from mmoe_rec.features.encoder import Encoder, EncoderContext, FeatureKind, Inputs, InputSpec, State
+from mmoe_rec.features.encoder import EncoderContext, FeatureKind, Inputs, StatisticsEncoder
 from mmoe_rec.features.kinds.counter import CounterFeature
-from mmoe_rec.features.numeric_statistics import DenseNumber, Standardizer
+from mmoe_rec.features.numeric_statistics import DenseNumber
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.settings.log_columns import ColumnUse, Role
 from mmoe_rec.settings.schema import Feature, InputSemantics, Schema, Unique
@@ -99,7 +98,7 @@ def find_comparing(schema: Schema) -> dict[str, list[str]]:
     return comparing
 
 
-class RelativeEncoder(Encoder):
+class RelativeEncoder(StatisticsEncoder):
     """Encoder of numbers in relation to the other candidates of the request."""
 
     feature: RelativeFeature
@@ -111,9 +110,6 @@ class RelativeEncoder(Encoder):
         names = [f"{name}_{number}_{output}" for number in self.compared for output in outputs]
         names += [f"{name}_length"] * ("length" in feature.outputs)
         self.numbers = {result: DenseNumber(result) for result in names}
-
-    def input_spec(self) -> InputSpec:
-        return InputSpec(dense=tuple(dense for number in self.numbers.values() for dense in number.inputs()))
 
     def numbers_to_compare(self, rows: LogRows) -> dict[str, np.ndarray]:
         """Return column or counter -> its numbers in N rows, (N,) float64. Counters are read from `rows.results`."""
@@ -146,13 +142,6 @@ class RelativeEncoder(Encoder):
         if not results.keys() >= self.numbers.keys():
             results = self.compare(self.numbers_to_compare(rows), rows.request_codes())
         return Inputs(numbers=[(results[name], number) for name, number in self.numbers.items()])
-
-    def state(self) -> State:
-        return State({name: asdict(number.standardizer) for name, number in self.numbers.items()})
-
-    def restore(self, state: State) -> None:
-        for name, values in state.values.items():
-            self.numbers[name].standardizer = Standardizer(**values)
 
 
 def _compare(numbers: np.ndarray, requests: np.ndarray, outputs: Sequence[str]) -> dict[str, np.ndarray]:
