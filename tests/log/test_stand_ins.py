@@ -156,7 +156,7 @@ def test_a_table_that_is_refused(tmp_path: Path, table: pa.Table, sections: dict
             "feature 'pairs' needs columns.user, which is not set, because it counts candidates of the same user",
         ),
         (
-            {**TIMED, "columns": {"time": "at", "user": "code"}, "features": {**FEATURES, "pairs": PAIRS}},
+            {**TIMED, "columns": {"time": "at", "user": "person"}, "features": {**FEATURES, "pairs": PAIRS}},
             "feature 'pairs' needs columns.candidate, which is not set, because it counts",
         ),
     ],
