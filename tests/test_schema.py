@@ -127,7 +127,7 @@ REFUSED: list[tuple[str, list, dict]] = [
     # Sources of counters and histories
     *(
         ("needs either `task`, for labels of the interaction log, or `events`", [_feature(kind, **own, **keys)], {})
-        for kind, own in (("counter", {"by": ["u"]}), ("history", {"of": "item"}))
+        for kind, own in (("counter", {"by": ["u"]}), ("history", {"of": "item"}), ("cooccurrence", {}))
         for keys in ({}, {"task": "click", "events": "buys"})
     ),
     ("names events 'buys'; logs under data.events are: none, add it", [BUYS], {}),

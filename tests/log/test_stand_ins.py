@@ -21,6 +21,7 @@ from tests.log.small_logs import with_column, with_values
 
 HISTORY = {"kind": "history", "task": "label", "of": "code"}
 COUNTER = {"kind": "counter", "task": "label", "by": ["word"]}
+PAIRS = {"kind": "cooccurrence", "task": "label"}
 AGE = {"kind": "time", "column": "x", "parts": ["age"]}
 LATE = {"label": "label", "objective": "engagement", "label_delay_days": 1}
 TIMED = {
@@ -149,6 +150,14 @@ def test_a_table_that_is_refused(tmp_path: Path, table: pa.Table, sections: dict
         (
             {**TIMED, "roles": {}, "features": {**FEATURES, "last": HISTORY}},
             "feature 'last' needs columns.user, which is not set, because it lists events of a user",
+        ),
+        (
+            {**TIMED, "roles": {}, "features": {**FEATURES, "pairs": PAIRS}},
+            "feature 'pairs' needs columns.user, which is not set, because it counts candidates of the same user",
+        ),
+        (
+            {**TIMED, "columns": {"time": "at", "user": "person"}, "features": {**FEATURES, "pairs": PAIRS}},
+            "feature 'pairs' needs columns.candidate, which is not set, because it counts",
         ),
     ],
 )

@@ -83,6 +83,7 @@ def test_counts_are_those_of_a_loop_over_all_events(seed: int, monkeypatch: pyte
     late = random.random(len(frame)) < random.choice([0, 0.3, 1])
     built = encoder.extended(encoder.empty(), encoder.events(drawn.rows(frame[~late])))
     encoder.store = encoder.compacted(built, cut)
+    assert encoder.store.counts.events.available_at.min(initial=cut) >= cut, "a server has one count of each pair"
     live = LiveUpdates(pipeline.point_in_time_encoders)
     later = frame[late].sample(frac=1, random_state=seed)
     for part in np.array_split(np.arange(len(later)), 5):
