@@ -30,8 +30,9 @@ _MIN_LIST_ROWS, _MAX_COMPARED = 3, 8
 _MAX_MATCHES = 8
 _MIN_SHARED_FRACTION, _MIN_VALUES, _MAX_HASHES = 0.5, 5, 10_000
 """Fraction of values that compared columns of IDs must share, and least and largest number of these values."""
-_MIN_ENGAGEMENTS = 2
-"""Minimum of the mean number of engagements of a user, and of a candidate, for counts of pairs of candidates."""
+_MIN_ENGAGEMENTS, _LAST_EVENTS, _MAX_EVENT_PAIRS = 2, 20, 20_000_000
+"""Minimum of the mean number of engagements of a user, and of a candidate, for counts of pairs of candidates. Default
+number of a user's last events. Maximum number of pairs, which take about 800 MB in a server."""
 _TEST_FRACTION, _VALIDATION_FRACTION = 0.2, 0.1
 
 
@@ -385,7 +386,8 @@ class ProposedSettings:
             if task.kind == "binary" and task.objective == "engagement":
                 where = self.columns[task.column].positive_sql
                 rows, users, candidates = self.profile.row(f"SELECT count(*), {distinct} FROM log WHERE {where}")
-                engagements.append((rows, task.name, rows >= _MIN_ENGAGEMENTS * max(users, candidates)))
+                fits = rows * min(_LAST_EVENTS, rows / max(1, users)) <= _MAX_EVENT_PAIRS
+                engagements.append((rows, task.name, fits and rows >= _MIN_ENGAGEMENTS * max(users, candidates)))
         if engagements and max(engagements)[2]:
             task_name = max(engagements)[1]
             self._add(f"{task_name}_together", {"kind": "cooccurrence", "task": task_name})
