@@ -27,9 +27,8 @@ _MAX_PAIRS, _ROWS_PER_PAIR = 4, 20
 """Maximum number of counters by a user and a candidate attribute, and log rows needed per pair of values."""
 _MIN_LIST_ROWS, _MAX_COMPARED = 3, 8
 """Mean number of rows of a request for which candidates are compared, and maximum number of columns and of counters."""
-_MAX_MATCHES = 8
-_MIN_SHARED_FRACTION, _MIN_VALUES, _MAX_HASHES = 0.5, 5, 10_000
-"""Fraction of values that compared columns of IDs must share, and least and largest number of these values."""
+_MAX_MATCHES, _MIN_SHARED_FRACTION, _MIN_VALUES, _MAX_HASHES = 8, 0.5, 5, 10_000
+"""Maximum number of comparisons, fraction of values that two columns of IDs must share, and limits on their number."""
 _MIN_ENGAGEMENTS, _LAST_EVENTS, _MAX_EVENT_PAIRS = 2, 20, 20_000_000
 """Minimum of the mean number of engagements of a user, and of a candidate, for counts of pairs of candidates. Default
 number of a user's last events. Maximum number of pairs, which take about 800 MB in a server."""
@@ -275,7 +274,8 @@ class ProposedSettings:
         """Return the rank (smallest first), columns and settings of a comparison, None if there is no reason for it."""
         value_type, pair = self._value_type(first), [first["column"], second["column"]]
         columns, names_agree = [self.columns[name] for name in pair], _have_same_words(*pair)
-        if value_type != self._value_type(second):
+        # Any two columns of integers share small numbers, so their names must agree, too.
+        if value_type != self._value_type(second) or (value_type == "integer" and not names_agree):
             return None
         if value_type == "numeric" and names_agree:
             outputs = ["difference", "ratio"] if min(column.low for column in columns) >= 0 else "difference"
@@ -283,13 +283,10 @@ class ProposedSettings:
         if value_type.startswith("vector"):
             value: dict[str, Any] = {"compare": "cosine", "size": first["size"]}
             return 2.0, pair, CommentedSetting(value, check="do both vectors come from one model?")
-        # Any two columns of integers share small numbers, so their names must agree, too.
-        if value_type != "text" and not (value_type == "integer" and names_agree):
-            return None
-        shared = _shared_fraction(*map(hashes, pair))
+        shared = _shared_fraction(*map(hashes, pair)) if value_type in ("text", "integer") else 0.0
         lists = sum(column.kind == "keys" for column in columns)
         pair.sort(key=lambda name: self.columns[name].kind != "keys")  # `contains` takes the list first.
-        value = {"compare": ("equal", "contains", ["overlap", "jaccard"])[lists]}
+        value = {"compare": ("equal", "contains", ["overlap", "coverage", "jaccard"])[lists]}
         note = f"{shared:.0%} of the values of one also occur in the other"
         return (-shared, pair, CommentedSetting(value, note)) if shared >= _MIN_SHARED_FRACTION else None
 

@@ -33,7 +33,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "same": {"columns": ["u_id", "c_id"], "compare": "equal"},
     "has": {"columns": ["u_list", "c_id"], "compare": "contains"},
     "is_in": {"columns": ["c_list", "u_id"], "compare": ["contains"]},
-    "shares": {"columns": ["u_list", "c_list"], "compare": ["jaccard", "overlap"]},
+    "shares": {"columns": ["u_list", "c_list"], "compare": ["jaccard", "overlap", "coverage"]},
+    "covers": {"columns": ["c_list", "u_list"], "compare": "coverage"},
     "amount": {"columns": ["u_number", "c_number"], "compare": ["difference", "ratio"]},
     "less": {"columns": ["c_number", "u_number"], "compare": "difference"},
     "days": {"columns": ["u_time", "c_time"], "compare": "time_difference"},
@@ -98,11 +99,11 @@ def distinct(values: Sequence[Any] | None) -> set[Any]:
 
 def naive(output: str, x: Any, y: Any) -> float | None:  # noqa: PLR0911 - one line for each output
     """An output for the values of one row, None if it is missing."""
-    if output in ("overlap", "jaccard"):
+    if output in ("overlap", "coverage", "jaccard"):
         one, other = distinct(x), distinct(y)
         shared = len(one & other)
-        value = shared if output == "overlap" else shared / max(len(one | other), 1)
-        return value if one and other else None
+        divisor = {"overlap": 1, "coverage": len(other), "jaccard": len(one | other)}[output]
+        return shared / divisor if one and other else None
     if output == "contains":
         return float(y in x) if distinct(x) and y is not None else None
     if x is None or y is None:
@@ -125,6 +126,8 @@ def expected_outputs(table: pa.Table) -> dict[str, np.ndarray]:
     for name, feature in FEATURES.items():
         first, second = feature["columns"]
         for output in [feature["compare"]] if isinstance(feature["compare"], str) else feature["compare"]:
+            if output == "coverage":  # of the candidate's list, in any order of the columns
+                first, second = "u_list", "c_list"
             values = [naive(output, row[first], row[second]) for row in rows]
             outputs[f"{name}_{output}"] = np.array([np.nan if value is None else value for value in values])
     return outputs
@@ -196,7 +199,7 @@ def test_columns_of_nothing_but_null_are_missing() -> None:
     assert all(np.isnan(values).all() for values in raw_outputs(full, request_rows(table, index, schema())).values())
     pipeline = fit(table, schema(), UNTIL)
     dense = pipeline.encode(log_rows(table, schema())).dense
-    assert dense.tolist() == [[0.0, 1.0] * 10] * len(table)
+    assert dense.tolist() == [[0.0, 1.0] * 12] * len(table)
 
 
 def test_infinite_numbers_and_numbers_of_another_kind() -> None:

@@ -46,7 +46,7 @@ def of_jobs(board: pa.Table, values: list[Any]) -> list[Any]:
 BOARD: Proposed = {
     ("user_city", "job_city"): ("equal",),
     ("user_skills", "job_main_skill"): ("contains",),
-    ("user_skills", "job_skills"): ("overlap", "jaccard"),
+    ("user_skills", "job_skills"): ("overlap", "coverage", "jaccard"),
     ("user_salary", "job_salary"): ("difference", "ratio"),
 }
 

@@ -322,8 +322,7 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
         super().__init__(name, feature, context, feature.by)
         self.label = feature.task
         self.prior = 0.0
-        self._labels = NumberHistogram()
-        self.counts = {"": self._labels}
+        self.counts = {"": NumberHistogram()}
         self._totals = [output for output in feature.outputs if output != "recency"]
         # Window lengths in microseconds (None for all of the past) by the suffix of the output's name.
         self._windows = {
@@ -345,10 +344,10 @@ class CounterEncoder(PointInTimeEncoder[CounterStore]):
             label_cutoff: Time in microseconds. Labels that become available later don't count.
         """
         if self.source is None:
-            self._labels.add(round_labels(rows.labels(self.task, label_cutoff)))
+            self.counts[""].add(round_labels(rows.labels(self.task, label_cutoff)))
 
     def finish_fit(self) -> None:
-        self.prior = self._labels.standardizer().mean
+        self.prior = self.counts[""].standardizer().mean
 
     def empty(self) -> CounterStore:
         return CounterStore.empty(self.source is None, "recency" in self.feature.outputs)

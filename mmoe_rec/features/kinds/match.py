@@ -19,18 +19,20 @@ from mmoe_rec.point_in_time.join import find_keys
 from mmoe_rec.settings.log_columns import ColumnUse
 from mmoe_rec.settings.schema import Feature, InputSemantics, Schema, Unique
 
-_Output = Literal["equal", "contains", "overlap", "jaccard", "difference", "ratio", "time_difference", "cosine"]
+_Output = Literal[
+    "equal", "contains", "overlap", "coverage", "jaccard", "difference", "ratio", "time_difference", "cosine"
+]
 _USES: dict[_Output, tuple[ColumnUse, ColumnUse]] = {
     "equal": ("key", "key"),
     "contains": ("keys", "key"),
     "overlap": ("keys", "keys"),
+    "coverage": ("keys", "keys"),
     "jaccard": ("keys", "keys"),
     "difference": ("number", "number"),
     "ratio": ("number", "number"),
     "time_difference": ("time", "time"),
     "cosine": ("vector", "vector"),
 }
-_MISSING_TIME, _NO_LIMIT = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 # Chunks of rows limit memory. The 64-bit key of an id has its row in the chunk, and then the first bits of its hash.
 _CHUNK_ROWS, _HASH_BITS = 1024, np.uint64(54)
 
@@ -46,9 +48,9 @@ class MatchFeature(Feature):
     compare: Annotated[tuple[_Output, ...], _AsTuple, Unique] = Field(
         min_length=1,
         description="one or more outputs; equal: 1 if two IDs are equal, else 0; contains: 1 if the list in the first "
-        "column contains the ID in the second, else 0; overlap: number of IDs that two lists share; jaccard: this "
-        "number / distinct IDs of both lists; difference: second number minus first; ratio: log of (1 + |second|) / "
-        "(1 + |first|); time_difference: days from the first to the second time; cosine: similarity of two vectors",
+        "column contains the ID in the second, else 0; overlap: number of IDs that two lists share; coverage and "
+        "jaccard: this number / distinct IDs of the candidate's list or of both; difference: second number - first; "
+        "ratio: log of (1 + |second|) / (1 + |first|); time_difference: days from first to second; cosine: of vectors",
     )
     size: int | None = Field(None, ge=1, description="length of the vectors (only for cosine)")
 
@@ -107,10 +109,9 @@ class MatchEncoder(StatisticsEncoder):
         Raises:
             UserError: One column has integers and the other strings.
         """
-        kinds = {name: element_type(rows.raw_column(name).type) for name in self.feature.columns}
-        is_text = {pt.is_string(kind) for kind in kinds.values() if not pt.is_null(kind)}
-        if len(is_text) > 1:
-            found = " and ".join(f"column '{name}' holds {kind}" for name, kind in kinds.items())
+        kinds = [str(element_type(rows.raw_column(column).type)) for column in self.feature.columns]
+        if kinds.count("string") == 1 and "null" not in kinds:
+            found = " and ".join(map("column '{}' holds {}".format, self.feature.columns, kinds))
             raise UserError(f"feature '{self.name}': {found}, which can't be compared. Write both as one type.")
         for values, number in self.encode(rows).numbers:
             number.histogram.add(values)
@@ -135,19 +136,19 @@ class MatchEncoder(StatisticsEncoder):
                 return {"difference": y - x, "ratio": np.log1p(np.abs(y)) - np.log1p(np.abs(x))}
             case ("time", _):
                 x, y = rows.times(first), rows.times(second)
-                missing = np.minimum(x, y) == _MISSING_TIME
+                missing = np.minimum(x, y) == np.iinfo(np.int64).min
                 return {"time_difference": np.where(missing, np.nan, (y - x) / MICROSECONDS_PER_DAY)}
             case ("vector", _):
                 x, y = (read_vectors(rows, self.name, column, self.feature.size or 0) for column in (first, second))
                 norm = np.sqrt(np.square(x).sum(axis=1)) * np.sqrt(np.square(y).sum(axis=1))
                 return {"cosine": (x * y).sum(axis=1) / norm}
-        shared, *sizes = self._count_shared(rows)
-        missing = np.minimum(*sizes) == 0
-        values = {"contains": shared > 0, "overlap": shared, "jaccard": shared / (sizes[0] + sizes[1] - shared)}
-        return {output: np.where(missing, np.nan, value) for output, value in values.items()}
+        shared, own, other = self._count_shared(rows)
+        shared = np.where(np.minimum(own, other) == 0, np.nan, shared)
+        contains, jaccard = np.minimum(shared, 1), shared / (own + other - shared)
+        return {"contains": contains, "overlap": shared, "coverage": shared / own, "jaccard": jaccard}
 
     def _count_shared(self, rows: LogRows) -> np.ndarray:
-        """Count the distinct ids that both lists share, that one list has, and that the other has, (3, N) int64."""
+        """Count the distinct ids that both lists share, of the candidate's list and of the other list, (3, N) int64."""
         source, index = rows, np.arange(len(rows))
         if isinstance(rows, RequestRows):  # All candidates of a request share one list, so read it once.
             source, index = rows.shared, rows.request_index
@@ -172,7 +173,7 @@ def _distinct(lists: pa.Array) -> np.ndarray:
     """Return the distinct ids of up to `_CHUNK_ROWS` lists, as ascending uint64 keys with the row and the id's hash."""
     if not pt.is_list(lists.type):  # A single id is a list of one.
         lists = pa.ListArray.from_arrays(np.arange(len(lists) + 1, dtype=np.int32), lists)
-    ids, lengths = truncate_lists(lists, _NO_LIMIT)
+    ids, lengths = truncate_lists(lists, 2**62)
     row = np.repeat(np.arange(len(lengths), dtype=np.uint64), lengths)
     keys = np.sort(row << _HASH_BITS | hash_column(ids) >> (np.uint64(64) - _HASH_BITS))
     return keys[np.append(True, keys[1:] != keys[:-1])[: len(keys)]]
