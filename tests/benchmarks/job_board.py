@@ -2,8 +2,8 @@
 
 Compare `init` and `train`, without an edit of the settings, with LightGBM on drawn job boards. Users apply if they have
 a job's skills, which are lists of both. LightGBM gets the columns of the row, and columns made by hand: shared skills
-(number, Jaccard index, fraction of the job's skills), whether the user has the main skill, whether cities are equal,
-and the ratio of the salaries. The same settings without features of kind `match` show what this kind adds.
+(number, Jaccard index, fraction of the job's skills), whether the user has the main skill and lives in the same
+city, and the ratio of the salaries. The same settings without features of kind `match` show the gain by this kind.
 
 auc, gauc_request   AUC of all test rows, and mean AUC of the test requests with both labels; means over the seeds.
 
