@@ -176,9 +176,12 @@ def test_an_override_leaves_a_feature_out(tmp_path):
     [
         (
             ["--training.epochs", "0"],
-            "(--training.epochs): 'training.epochs' must be greater than or equal to 1, found",
+            "(--training.epochs): 'training.epochs' must be auto, or a whole number of at least 1, found",
         ),
-        (["--training", "{epochs: 0}"], "(--training): 'training.epochs' must be greater than or equal to 1, found 0"),
+        (
+            ["--training", "{epochs: 0}"],
+            "(--training): 'training.epochs' must be auto, or a whole number of at least 1, found 0",
+        ),
         (
             ["--features.item.pooling", "mean"],
             "(--features.item.pooling): unknown key 'features.item.pooling'; val",
@@ -198,7 +201,7 @@ def test_a_wrong_file_is_blamed_whatever_is_overridden(tmp_path):
     path.write_text(dump_yaml(_tree(training={"epochs": 0})), encoding="utf-8")
     with pytest.raises(UserError) as caught:
         load_settings(path, ["--training.seed", "2"])
-    assert str(caught.value) == f"{path}: 'training.epochs' must be greater than or equal to 1, found 0"
+    assert str(caught.value) == f"{path}: 'training.epochs' must be auto, or a whole number of at least 1, found 0"
     assert load_settings(path, ["--training.epochs", "1"]).training.epochs == 1
 
 
@@ -489,6 +492,7 @@ def test_an_automatic_batch_makes_about_a_thousand_steps(rows, epochs):
     actual = Training(epochs=epochs).resolve_batch_size(rows)
     assert math.isclose(*(abs(math.log(rows * epochs / size / 1000)) for size in (actual, nearest)), abs_tol=1e-9)
     assert Training(epochs=epochs, batch_size=700).resolve_batch_size(rows) == 700
+    assert Training().resolve_batch_size(rows) == Training(epochs=2).resolve_batch_size(rows)
 
 
 @pytest.mark.parametrize(("batch_size", "actual"), [(1, "1"), ("many", "'many'"), (True, "true"), (2.5, "2.5")])

@@ -340,8 +340,7 @@ def evaluate_models(
                 "relevance_weights": {task_name: task.score_weight for task_name, task in settings.tasks.items()},
                 "score_weights": {task.name: task.score_weight for task in info.tasks},
             }
-            overlap = describe_training_overlap(settings, model.folder)
-            about = {"address": model.uri, "training_overlap": overlap, "undertraining": info.undertraining}
+            about = {"address": model.uri, "training_overlap": describe_training_overlap(settings, model.folder)}
             measured[name] = measure_model(rows, rules.resamples, slicing.find(rows), model_facts, **about)
         title = f"{'Promotion' if artifact_path == PROMOTION_FOLDER else 'Evaluation'} of {settings.name}"
         title += "" if split == "test" else f" on {split} rows"

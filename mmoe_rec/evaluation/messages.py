@@ -138,7 +138,6 @@ class FindingKind(StrEnum):
     """Check that found something suspicious."""
 
     SEEN_ROWS = "seen"
-    TRAINING = "training"
     SCORE = "score"
     CALIBRATION = "calibration"
     CHANCE = "chance"
@@ -166,16 +165,15 @@ class Finding:
     @property
     def severity(self) -> Literal["warning", "problem"]:
         """Whether the finding is a `problem` or a `warning`."""
-        return "warning" if self.check in (FindingKind.CALIBRATION, FindingKind.TRAINING) else "problem"
+        return "warning" if self.check is FindingKind.CALIBRATION else "problem"
 
 
 def find_suspicious_results(results: Results) -> list[Finding]:
     """Find suspicious metrics of all models, and training on the measured rows."""
     findings = []
     for name, model in results.models.items():
-        checks = [(FindingKind.SEEN_ROWS, sentence) for sentence in model.training_overlap]
-        checks += [(FindingKind.TRAINING, model.undertraining)] if model.undertraining else []
-        findings += [Finding(name, check, None, f"the model {sentence}") for check, sentence in checks]
+        overlaps = [f"the model {sentence}" for sentence in model.training_overlap]
+        findings += [Finding(name, FindingKind.SEEN_ROWS, None, message) for message in overlaps]
         for task, group in model.summary.tasks.items():
             findings += [Finding(name, check, task, message) for check, message in _in_task(task, group)]
         findings += [Finding(name, FindingKind.SCORE, SCORE, message) for message in _in_score(model.summary)]

@@ -236,7 +236,6 @@ class MeasuredModel:
         summary: Metrics.
         address: URI of the model, or path of its predictions.
         training_overlap: Phrases that follow the model's name, if it was trained on measured rows.
-        undertraining: Phrase that follows the model's name if training ended too early, else None.
         slices: (name of the slicing, such as a column; name of the slice) -> sums of the slice. They are by the same
             units as `sums`: users, or groups of users.
     """
@@ -245,7 +244,6 @@ class MeasuredModel:
     summary: Summary
     address: str = ""
     training_overlap: Sequence[str] = ()
-    undertraining: str | None = None
     slices: Mapping[tuple[str, str], EvaluationSums] = field(default_factory=dict)
 
 

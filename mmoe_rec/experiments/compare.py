@@ -252,9 +252,6 @@ def train_and_compare(runner: Runner, variants: Sequence[Variant], seeds: int, m
             trained += runner.train([variant], seed_range)
         except UserError as error:  # Without inputs for trees, the networks are still compared.
             warnings.append(f"{variant.name} is left out: {error}")
-    for result in trained:
-        if reason := next(filter(None, (facts.get("undertraining") for facts in result.facts)), None):
-            warnings.append(f"the network of `{result.variant.name}` {reason}")
     base, *rivals = trained
     measured = base.measure()
     metrics = _choose_metrics(settings, measured[0])

@@ -46,7 +46,7 @@ from mmoe_rec.training.provenance import fixed_settings
 from mmoe_rec.training.stacking import grow_trees
 from mmoe_rec.training.steps import read_precision_choice, write_precision_choice
 from mmoe_rec.training.train import calibrate, load_best_network
-from mmoe_rec.training.validation import Validation, find_undertraining
+from mmoe_rec.training.validation import Validation
 
 ValidationCallback = Callable[[Validation, int], None]
 # Key in the metadata of a Parquet file, under which the facts about a run are stored.
@@ -384,7 +384,6 @@ class Runner:
             "best_step": result.best_step,
             "steps": result.steps,
             "precision": precision,
-            "undertraining": find_undertraining(result.history, result.best_step, layout, settings.training),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
         return Network(model, layout, calibrate(settings, prepared, model)), facts

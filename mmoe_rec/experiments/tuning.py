@@ -110,10 +110,10 @@ def default_space(settings: Settings, rows: int) -> dict[str, SearchRange]:
         settings: The settings.
         rows: Number of training rows.
     """
-    training, model = settings.training, settings.model
+    training, model, epochs = settings.training, settings.model, settings.training.epochs
     batch, rate, tables = training.resolve_batch_size(rows), training.learning_rate, training.table_learning_rate
     choices: dict[str, list[Any]] = {
-        "training.epochs": [training.epochs, training.epochs * 2, max(1, training.epochs // 2)],
+        "training.epochs": [epochs] if epochs == "auto" else [epochs, epochs * 2, max(1, epochs // 2)],
         "training.batch_size": [batch, max(2, batch // 2), max(2, min(batch * 2, rows // 4))],
         "training.learning_rate": [rate, *(float(f"{rate * factor:.3g}") for factor in (2, 0.5))],
         "training.table_learning_rate": [tables, *(float(f"{tables * factor:.3g}") for factor in (2, 0.4))],

@@ -85,7 +85,6 @@ class ArtifactInfo:
         files_digest: Digest of the log files that the tables contain. None if it is unknown.
         journal: `id` of the journal whose live events the tables contain, and `through`, the number of the last segment
             that they contain. None if the tables contain no live events.
-        undertraining: Warning that training ended too early (`training.validation.find_undertraining`), or None.
     """
 
     name: str
@@ -99,7 +98,6 @@ class ArtifactInfo:
     trained_as_of: str | None = None
     files_digest: str | None = None
     journal: dict[str, Any] | None = None
-    undertraining: str | None = None
 
     @property
     def tasks(self) -> tuple[ModelTask, ...]:

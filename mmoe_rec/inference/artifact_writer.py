@@ -53,7 +53,6 @@ def write_artifact(
     state_dict: Mapping[str, Tensor],
     trees: Trees | None = None,
     calibration: Calibration | None = None,
-    undertraining: str | None = None,
 ) -> None:
     """Write an artifact folder, replacing an existing one.
 
@@ -64,7 +63,6 @@ def write_artifact(
         state_dict: `RankingModel.state_dict()` of the whole model with unsharded tables (`PlainTables`).
         trees: Trees of the model besides its network, if there are any.
         calibration: Calibration of the tasks. None leaves their logits unchanged.
-        undertraining: Warning that training ended too early, if it did.
 
     Raises:
         UserError: A weight or a prediction for the example is NaN or infinite.
@@ -81,7 +79,6 @@ def write_artifact(
         tables_as_of=iso_time(prepared.manifest["request_microseconds"][1]) if settings.columns.has_time else None,
         files_digest=included.digest,
         journal=included.journal,
-        undertraining=undertraining,
     )
     with atomic_folder(folder) as target:
         _write_weights(target, state_dict)

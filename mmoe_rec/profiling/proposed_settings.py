@@ -414,7 +414,6 @@ class ProposedSettings:
         if self.schema.is_plain_table:
             self.model["bottom"] = CommentedSetting({"dropout": 0.3})
             self.model["experts"] = CommentedSetting({"units": [64, 32]})
-            self.training["epochs"] = CommentedSetting(6)
             self.training["learning_rate"] = CommentedSetting(0.002)
             self.training["table_learning_rate"] = CommentedSetting(0.1)
         self.training["calibration"] = CommentedSetting(

@@ -3,19 +3,23 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationInfo
 
 from mmoe_rec.settings.log_columns import Section
 
 
-def _as_batch(value: Any) -> Any:
-    if value == "auto" or (type(value) is int and value >= 2):
+def _auto_or_whole(value: Any, info: ValidationInfo) -> Any:
+    minimum = 2 if info.field_name == "batch_size" else 1
+    if value == "auto" or (type(value) is int and value >= minimum):
         return value
-    raise ValueError("must be auto, or a whole number of at least 2")
+    raise ValueError(f"must be auto, or a whole number of at least {minimum}")
 
 
+AutoOrWhole = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_whole)]
 TARGET_STEPS = 1000
 """Number of steps that a network needs, which `training.batch_size: auto` aims at."""
+MIN_AUTO_EPOCHS, MAX_AUTO_EPOCHS = 2, 20
+"""Minimum and maximum number of epochs under `training.epochs: auto`."""
 
 
 class Training(Section):
@@ -52,11 +56,15 @@ class Training(Section):
     threads: int | None = Field(
         None, ge=1, description="CPU threads per process; null: OMP_NUM_THREADS or one per core"
     )
-    epochs: int = Field(1, ge=1, description="passes over the training rows")
-    batch_size: Annotated[int | Literal["auto"], BeforeValidator(_as_batch)] = Field(
+    epochs: AutoOrWhole = Field(
+        "auto",
+        description="passes over the training rows. auto trains until an epoch improves the best validation by less "
+        "than 0.05%, at most 20 epochs. Learning rates then rise and fall in each epoch.",
+    )
+    batch_size: AutoOrWhole = Field(
         "auto",
         description="rows per step, summed over ranks. auto takes the power of two from 64 to 4,096 that results in "
-        "about 1,000 steps in total.",
+        "about 1,000 steps in total, or in two epochs under `epochs: auto`.",
     )
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW on the dense part")
     table_learning_rate: float = Field(0.05, gt=0, description="peak learning rate of row-wise Adagrad on the tables")
@@ -65,7 +73,9 @@ class Training(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm at which the dense part's gradient is clipped")
     shuffle_buffer_rows: int = Field(262_144, ge=1, description="rows shuffled together, which limits memory")
     validations_per_epoch: int = Field(2, ge=1, description="validations per epoch")
-    patience: int = Field(4, ge=1, description="validations without improvement before training stops")
+    patience: int = Field(
+        4, ge=1, description="validations without improvement before training stops, if `epochs` is a number"
+    )
     monitor: Literal["auc", "loss"] = Field(
         "auc",
         description="metric that selects the best checkpoint: mean AUC over the binary tasks with 50 validation rows "
@@ -87,8 +97,14 @@ class Training(Section):
     keep_checkpoints: int = Field(1, ge=1, description="recent checkpoints to keep, besides the best one")
     timeout_minutes: float = Field(10, gt=0, description="minutes that a rank waits for other ranks before it fails")
 
+    @property
+    def max_epochs(self) -> int:
+        """Maximum number of epochs."""
+        return MAX_AUTO_EPOCHS if self.epochs == "auto" else self.epochs
+
     def resolve_batch_size(self, rows: int) -> int:
         """Return `batch_size`, or the automatic value for this number of training rows."""
         if self.batch_size != "auto":
             return self.batch_size
-        return 2 ** round(math.log2(min(4096, max(64, rows * self.epochs / TARGET_STEPS))))
+        epochs = MIN_AUTO_EPOCHS if self.epochs == "auto" else self.epochs
+        return 2 ** round(math.log2(min(4096, max(64, rows * epochs / TARGET_STEPS))))

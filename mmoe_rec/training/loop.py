@@ -38,6 +38,7 @@ from mmoe_rec.training.steps import (
     PrecisionChoice,
     StepRunner,
     choose_precision,
+    has_improved,
     learning_rate_fraction,
     validation_steps,
 )
@@ -189,7 +190,9 @@ class Trainer:
         self.sharded, self.precision_choice = self._shard(model_settings, warm_start, precision_choice, prepared)
         self.optimizer = Optimizers(self.sharded, settings)
         self.result = TrainingResult(self.sharded.plan)
-        self.total_steps = settings.epochs * self.reader.batches_per_epoch
+        self.total_steps = settings.max_epochs * self.reader.batches_per_epoch
+        # Learning rates rise and fall once per cycle (warm restarts: Loshchilov & Hutter, 2017).
+        self.cycle_steps = self.reader.batches_per_epoch if settings.epochs == "auto" else self.total_steps
         self.steps_to_validate = validation_steps(self.reader.batches_per_epoch, settings)
         if warm_start is not None or (resume is not None and resume.state.step == 0):
             self.steps_to_validate.add(0)  # For comparison, also validate the model that the run starts from.
@@ -210,7 +213,7 @@ class Trainer:
             state, result = resume.state, self.result
             self.position = state.position
             result.steps, result.best_step, result.history = state.step, state.best_step, list(state.history)
-            result.stopped_early = self._out_of_patience()
+            result.stopped_early = self._stops_early()
 
     def _reader(self, prepared: FeatureFolder, split: str, batch_size: int) -> TrainingReader:
         weighted = self.settings.sampling_correction == "weights"
@@ -262,7 +265,8 @@ class Trainer:
             f"computing in {self.precision_choice}, matmul backend {self.matmul_backend}, "
             f"table backend {self.table_backend}{threads}"
         )
-        say(f"{self.total_steps:,} step{'s' * (self.total_steps != 1)} of {self.batch_size:,} rows")
+        until = " in an epoch, until an epoch brings no better validation" * (self.cycle_steps < self.total_steps)
+        say(f"{self.cycle_steps:,} step{'s' * (self.cycle_steps != 1)} of {self.batch_size:,} rows{until}")
 
     def _choose(self, mixture: Mixture, before: PrecisionChoice | None) -> PrecisionChoice:
         """Return the precision of the settings. For `auto`, return the choice `before`, or measure without one."""
@@ -283,8 +287,13 @@ class Trainer:
         result, meter = self.result, Meter(self.layout, self.world_size)
         progress = bar("{task.fields[note]}", shown=self.rank == 0)
         with progress, self.stop, keeping_freed_memory(), limit_threads(self.threads):
-            task = progress.add_task("training", total=self.total_steps, completed=result.steps, note="")
-            self._train(meter, lambda: progress.update(task, completed=result.steps, note=meter.note))
+            task = progress.add_task("training", total=None, note="")
+
+            def show() -> None:
+                end = math.ceil(result.steps / self.cycle_steps) * self.cycle_steps
+                progress.update(task, total=end, completed=result.steps, note=meter.note)
+
+            self._train(meter, show)
         dist.barrier()
         result.rows_per_s, result.data_wait_fraction = meter.rows_per_s, meter.data_wait_fraction
         result.best_checkpoint = step_folder(self.checkpoints.folder, result.best_step)
@@ -296,7 +305,7 @@ class Trainer:
             self._validate(meter)
             if self.result.steps == 0:
                 self._save()
-        source = self._batches(self.reader, self.position, self.settings.epochs)
+        source = self._batches(self.reader, self.position, self.settings.max_epochs)
         with contextlib.closing(iter(source)) as batches:
             while not self.result.stopped_early and self.result.steps < self.total_steps:
                 until = min(step for step in self.steps_to_validate if step > self.result.steps)
@@ -326,7 +335,8 @@ class Trainer:
 
     def _step(self, batches: Iterator[Batch], meter: Meter) -> bool | None:
         """Train on the next batch. Return whether any rank was asked to stop, or None after the last batch."""
-        lr_fraction = learning_rate_fraction(self.result.steps, self.total_steps, self.settings.warmup_fraction)
+        done = self.result.steps % self.cycle_steps
+        lr_fraction = learning_rate_fraction(done, self.cycle_steps, self.settings.warmup_fraction)
         step = self.steps.run_next(batches, lr_fraction)
         if step is None:
             return None
@@ -366,11 +376,16 @@ class Trainer:
             self.on_validation(validation, result.steps)
         if best is None or validation.objective(*monitor) > best.objective(*monitor):
             result.best_step = result.steps
-        result.stopped_early = self._out_of_patience()
+        result.stopped_early = self._stops_early()
 
-    def _out_of_patience(self) -> bool:
-        not_better = sum(step > self.result.best_step for step, _ in self.result.history)
-        return not_better >= self.settings.patience and self.result.steps < self.total_steps
+    def _stops_early(self) -> bool:
+        result, settings = self.result, self.settings
+        if settings.epochs == "auto":
+            values = {step: each.objective(settings.monitor, self.layout) for step, each in result.history}
+            stops = result.steps % self.cycle_steps == 0 and not has_improved(values, result.steps - self.cycle_steps)
+        else:
+            stops = sum(step > result.best_step for step, _ in result.history) >= settings.patience
+        return stops and result.steps < self.total_steps
 
     def _save(self) -> None:
         step, history, best_step = self.result.steps, tuple(self.result.history), self.result.best_step
@@ -381,5 +396,5 @@ class Trainer:
     def _save_and_stop(self) -> NoReturn:
         self._save()
         signal = self.stop.signal or "another rank's signal"
-        steps = f"step {self.result.steps} of {self.total_steps}"
-        raise StoppedError(f"{signal} received, and {steps} is saved. To continue, run the command with --resume")
+        step = f"step {self.result.steps}"
+        raise StoppedError(f"{signal} received, and {step} is saved. To continue, run the command with --resume")

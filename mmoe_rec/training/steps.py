@@ -210,7 +210,7 @@ class StepRunner:
         return dist.all_reduce(values, async_op=True) if self._world_size > 1 else None
 
 
-# The schedule of a run: learning rates, and the steps after which to validate.
+# The schedule of a run: learning rates, the steps after which to validate, and the end under `epochs: auto`.
 
 
 def learning_rate_fraction(step: int, total: int, warmup_fraction: float) -> float:
@@ -238,9 +238,24 @@ def validation_steps(batches_per_epoch: int, settings: Training) -> set[int]:
     parts = min(settings.validations_per_epoch, batches_per_epoch)
     return {
         epoch * batches_per_epoch + round(batches_per_epoch * part / parts)
-        for epoch in range(settings.epochs)
+        for epoch in range(settings.max_epochs)
         for part in range(1, parts + 1)
     }
+
+
+MIN_GAIN = 0.0005
+"""Relative gain of the monitored metric for which `training.epochs: auto` continues with another epoch."""
+
+
+def has_improved(values: Mapping[int, float], start: int) -> bool:
+    """Return whether validations after step `start` are better than all before, by more than `MIN_GAIN`.
+
+    Args:
+        values: Step -> value of the monitored metric. Higher values are better.
+        start: Last step to compare with. Without a validation until then, every validation is better.
+    """
+    before = [value for step, value in values.items() if step <= start]
+    return not before or max(values.values()) - max(before) > MIN_GAIN * abs(max(before))
 
 
 # Choice of the precision: bf16 if steps are clearly faster in bf16 on this device. Steps in both precisions are timed

@@ -55,7 +55,7 @@ from mmoe_rec.training.distributed import training_process_group
 from mmoe_rec.training.loop import Trainer, TrainingResult
 from mmoe_rec.training.provenance import Provenance, WarmStartSource, artifact_settings, fixed_settings
 from mmoe_rec.training.stacking import grow_trees
-from mmoe_rec.training.validation import Validation, find_undertraining, validate_on_one_process
+from mmoe_rec.training.validation import Validation, validate_on_one_process
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,6 @@ def _finish(run: Run, workspace: _Workspace, result: TrainingResult, register: b
         state_dict=model.state_dict(),
         trees=model.trees,
         calibration=calibration,
-        undertraining=find_undertraining(result.history, result.best_step, layout, settings.training),
     )
     decision = Decision(str(artifact), False, ())
     values = [f"{name.removeprefix('best/')} {value:.4f}" for name, value in served.to_metrics("best").items()]

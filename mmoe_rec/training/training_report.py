@@ -62,8 +62,7 @@ def make_report(trained: FinishedRun, settings: Settings) -> Report:
         tables.append(validations_table(history, trained.best_step, trained.best, trained.network_validation))
         reasons = explain_choice(dict(history)[trained.best_step], trained.best_step, settings.training.monitor)
         sentences += map(Sentence, reasons)
-    warnings = [f"the model {about.undertraining}"] if about.undertraining else []
-    warnings += find_warnings(trained.best, settings.training.calibration)
+    warnings = find_warnings(trained.best, settings.training.calibration)
     sentences += [Sentence(warning, "warning") for warning in warnings]
     if not settings.model.gates.rule.selects_all:  # No expert can be unused if gates select all of them.
         findings = trained.best.experts.findings([task.name for task in about.tasks])

@@ -4,7 +4,7 @@ Ranks exchange sums instead of predictions, so that no rank ever needs all predi
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,6 @@ from mmoe_rec.model.mmoe import Outputs, RankingModel
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.model.score import Calibration
 from mmoe_rec.model.utilization import ExpertUtilization, UtilizationAccumulator
-from mmoe_rec.settings.training import Training
 from mmoe_rec.training.losses import row_losses
 
 # The AUC is computed from counts of rows in bins of logits between -32 and 32. Each bin has a width of 1/256. The AUC
@@ -213,10 +212,6 @@ def _all_reduce(total: Tensor, device: torch.device) -> None:
 
 MAX_PLAUSIBLE_RATIO = 2.0  # Warn if the sums of predictions and of labels differ by more than this factor.
 _Z_95 = 1.96  # A 95% interval extends this many standard errors to both sides.
-MIN_STEPS, SHORT_RUN_STEPS = 50, 300
-MAX_LATE_GAIN = 0.005
-"""Relative gain of the AUC or the loss that is normal in the second half of the steps, because the learning rate falls.
-Only a larger gain leads to a warning that the run was too short."""
 
 
 def explain_choice(best: Validation, step: int, monitor: str) -> list[str]:
@@ -227,7 +222,10 @@ def explain_choice(best: Validation, step: int, monitor: str) -> list[str]:
         step: Step of the best validation.
         monitor: The setting `training.monitor`.
     """
-    how = f"{_name_objective(best, monitor)} is the {'highest' if best.tasks_monitored_by_auc(monitor) else 'lowest'}"
+    tasks = best.tasks_monitored_by_auc(monitor)
+    names = " and ".join(filter(None, (", ".join(tasks[:-1]), *tasks[-1:])))
+    mean = "mean " * (len(tasks) > 1)
+    how = f"the {mean}AUC of {names} is the highest" if tasks else "the weighted loss is the lowest"
     ignored = [
         f"the AUC of '{task}' was ignored: {rows} selection rows have its rarer label, at least {MIN_RARER_ROWS} are "
         "needed"
@@ -235,49 +233,6 @@ def explain_choice(best: Validation, step: int, monitor: str) -> list[str]:
         if monitor == "auc" and rows < MIN_RARER_ROWS
     ]
     return [f"best validation, at step {step}: {how}", *ignored]
-
-
-def _name_objective(best: Validation, monitor: str) -> str:
-    tasks = best.tasks_monitored_by_auc(monitor)
-    names = " and ".join(filter(None, (", ".join(tasks[:-1]), *tasks[-1:])))
-    return f"the {'mean ' if len(tasks) > 1 else ''}AUC of {names}" if tasks else "the weighted loss"
-
-
-def find_undertraining(
-    history: Sequence[tuple[int, Validation]], best_step: int, layout: ModelLayout, settings: Training
-) -> str | None:
-    """Return a warning if a run seems to have ended too early.
-
-    A run is too short with fewer than `MIN_STEPS` steps, or if the last step is the best and the second half of the
-    steps improved the objective by more than the fraction `MAX_LATE_GAIN`. With fewer than `SHORT_RUN_STEPS` steps, an
-    improvement by 0.0001 is enough. For a warm start, only `MAX_LATE_GAIN` counts.
-
-    Args:
-        history: Step and result of every validation. Step 0, if present, validates the model of a warm start.
-        best_step: Step of the best validation.
-        layout: Tasks with their loss weights.
-        settings: Training settings.
-
-    Returns:
-        The part of a sentence that follows "the model", or None if the run was long enough.
-    """
-    (steps, last), monitor, is_new = history[-1], settings.monitor, history[0][0] > 0
-    advice = (
-        f"take more training.epochs (now {settings.epochs}), a smaller training.batch_size (now "
-        f"{settings.batch_size}), or a higher training.learning_rate (now {settings.learning_rate:g})"
-    )
-    if steps < MIN_STEPS and is_new:
-        return f"had {steps:,} step{'s' * (steps != 1)} of training, and learns little in so few; {advice}"
-    now = last.objective(monitor, layout)
-    before = max((result.objective(monitor, layout) for step, result in history if 2 * step <= steps + 1), default=now)
-    if best_step < steps or now - before <= (
-        1e-4 if steps < SHORT_RUN_STEPS and is_new else MAX_LATE_GAIN * abs(before)
-    ):
-        return None
-    return (
-        f"was still getting better when its training ended: {_name_objective(last, monitor)} was {abs(before):.4f} "
-        f"after half of the {steps:,} steps and is {abs(now):.4f}; {advice}"
-    )
 
 
 def find_warnings(best: Validation, calibration: str) -> list[str]:
@@ -288,7 +243,7 @@ def find_warnings(best: Validation, calibration: str) -> list[str]:
         calibration: The setting `training.calibration`.
     """
     problems = []
-    advice = "train longer (training.epochs, a smaller batch_size), or set training.calibration to temperature"
+    advice = "set training.calibration to temperature"
     if calibration != "none":
         advice = f"the {calibration} calibration was skipped or doesn't hold: look for drift with `mmoe-rec inspect`"
     for task, auc in best.auc.items():

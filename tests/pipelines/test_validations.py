@@ -1,23 +1,18 @@
 """The table of a training's validations: every step and task, the chosen one marked, dashes for what is undefined."""
 
 import io
-from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 
-import pytest
 import torch
 from rich.console import Console
 
 from mmoe_rec.model.utilization import ExpertUtilization
 from mmoe_rec.report.parts import to_rich
-from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import FinishedRun
 from mmoe_rec.training.provenance import Provenance
 from mmoe_rec.training.training_report import make_report, validations_table
-from mmoe_rec.training.validation import Validation, find_undertraining
+from mmoe_rec.training.validation import Validation
 from tests.inference.small_model import SmallModel
-from tests.model.examples import LAYOUT
 
 EVEN = ExpertUtilization(torch.full((1, 2), 0.5), torch.full((1, 2), 0.5))
 
@@ -49,37 +44,3 @@ def test_what_should_worry_about_the_served_model_is_reported(tmp_path: Path) ->
         "the validation AUC of 'click' is 0.420, below .5",
         "the probabilities of 'click' are too high: 11.00 times the mean label on validation rows",
     ]
-
-
-@pytest.mark.parametrize(
-    ("steps", "areas", "losses", "message"),
-    [
-        (135, [0.61, 0.68], [0.5] * 2, "AUC of click was 0.6100 after half of the 135 steps and is 0.6800; take more"),
-        (960, [0.6, 0.68, 0.683, 0.683], [0.5] * 4, ""),
-        (80, [0.70, 0.68], [0.5, 0.5], ""),
-        (80, [0.70, 0.70001], [0.5, 0.5], ""),
-        (80, [], [0.5, 0.45], "the weighted loss was 0.5000 after half of the 80 steps and is 0.4500; take more"),
-        (80, [], [0.5, 0.499], "the weighted loss was 0.5000 after half of the 80 steps and is 0.4990; take more"),
-        (800, [], [0.5, 0.499], ""),
-        (1, [0.61], [0.5], "had 1 step of training, and learns little in so few; take more training.epochs (now 1)"),
-        (700, [0.61], [0.5], ""),
-    ],
-)
-def test_a_training_that_ends_too_early_is_reported(
-    steps: int, areas: list[float], losses: list[float], message: str
-) -> None:
-    layout = replace(LAYOUT, tasks=LAYOUT.tasks[:1])
-    actual = [
-        Validation({"click": loss}, {} if area is None else {"click": area}, EVEN)
-        for loss, area in zip_longest(losses, areas)
-    ]
-    history = [(round(steps * number / len(actual)), item) for number, item in enumerate(actual, 1)]
-    best, _ = max(history, key=lambda each: each[1].objective("auc", layout))
-    said = find_undertraining(history, best, layout, Training()) or ""
-    assert message in said
-    assert bool(message) == bool(said)
-
-
-def test_few_steps_from_another_model_are_not_called_few() -> None:
-    history = [(step, Validation({"click": 0.5}, {"click": 0.7 + step / 1e5}, EVEN)) for step in (0, 10, 20)]
-    assert find_undertraining(history, 20, replace(LAYOUT, tasks=LAYOUT.tasks[:1]), Training()) is None

@@ -45,6 +45,7 @@ TRAINING = Training.model_validate(
         "matmul_backend": "blas",
         "table_backend": "fbgemm",
         "threads": 1,
+        "epochs": 1,
         "batch_size": 60,
         "learning_rate": 0.01,
         "table_learning_rate": 0.1,

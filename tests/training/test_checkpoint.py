@@ -1,5 +1,6 @@
 """A training that goes on from a checkpoint ends as one that never stopped, on one rank and on several."""
 
+import json
 import os
 import resource
 import signal
@@ -14,6 +15,7 @@ from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.sections import Settings
+from mmoe_rec.training import loop
 from mmoe_rec.training.checkpoint import TrainingState, latest_checkpoint
 from mmoe_rec.training.distributed import process_group
 from mmoe_rec.training.loop import Trainer, TrainingResult
@@ -22,7 +24,18 @@ from tests.model.examples import LAYOUT
 from tests.pipelines.learnable_log import settings_tree
 from tests.training.learnable import CPU, TRAINING, plain_model, write_prepared
 from tests.training.ranks import spawn
-from tests.training.resuming import BALANCED, DRAWS, DROPS, STEPS, CrashError, crash, train, train_on_rank, weights
+from tests.training.resuming import (
+    BALANCED,
+    DRAWS,
+    DROPS,
+    STEPS,
+    CrashError,
+    crash,
+    record_losses,
+    train,
+    train_on_rank,
+    weights,
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +107,36 @@ def test_a_crash_without_torchrec_changes_no_bit(prepared: FeatureFolder, tmp_pa
     assert_same(prepared, actual, whole)
 
 
+AUTO = {"epochs": "auto", "batch_size": 400, "checkpoint_steps": 20}
+
+
+# 30 steps make an epoch. 30: before the validation that ends an epoch is saved; 50: in the second epoch.
+def test_a_crash_changes_no_number_of_epochs(prepared: FeatureFolder, tmp_path: Path) -> None:
+    for step in (30, 50):
+        with pytest.raises(CrashError):
+            train(prepared, tmp_path / "crashed", crash(step), **AUTO)
+    actual, whole = (train(prepared, tmp_path / name, **AUTO) for name in ("crashed", "whole"))
+    assert whole.stopped_early
+    assert 60 <= whole.steps < 600
+    assert whole.steps % 30 == 0
+    assert_same(prepared, actual, whole)
+    assert_same(prepared, train(prepared, tmp_path / "whole", crash(whole.steps + 1), **AUTO), whole)
+
+
+def test_a_signal_in_an_epochs_last_validation_does_not_end_the_training(
+    prepared: FeatureFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state is saved without this validation, which is then the first to come."""
+    whole, count = train(prepared, tmp_path / "whole", **AUTO), iter(range(100))
+    validate = loop.validate
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "validate", lambda *given: None if next(count) == 5 else validate(*given))
+        with pytest.raises(StoppedError):
+            train(prepared, tmp_path / "stopped", **AUTO)
+    assert (state_in(tmp_path / "stopped").step, len(state_in(tmp_path / "stopped").history)) == (60, 5)
+    assert_same(prepared, train(prepared, tmp_path / "stopped", **AUTO), whole)
+
+
 @pytest.mark.parametrize("name", [signal.SIGTERM, pytest.param(signal.SIGINT, **THOROUGH)])
 def test_a_signal_saves_the_step_at_hand(
     prepared: FeatureFolder, tmp_path: Path, whole: TrainingResult, name: signal.Signals
@@ -103,7 +146,7 @@ def test_a_signal_saves_the_step_at_hand(
             os.kill(os.getpid(), name)
 
     before = signal.getsignal(name)
-    with pytest.raises(StoppedError, match=rf"{name.name} received, and step 5[34] of {STEPS} is saved.*--resume"):
+    with pytest.raises(StoppedError, match=rf"{name.name} received, and step 5[34] is saved.*--resume"):
         train(prepared, tmp_path, at)
     assert signal.getsignal(name) is before
     assert state_in(tmp_path).step in (53, 54)
@@ -191,6 +234,17 @@ def test_a_new_training_forgets_where_another_one_stood(prepared: FeatureFolder,
     with process_group(CPU):
         Trainer(prepared, LAYOUT, DROPS, TRAINING, CPU, tmp_path, lambda *_: None)
     assert latest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.thorough
+def test_two_ranks_stop_at_the_same_step(prepared: FeatureFolder, tmp_path: Path) -> None:
+    """A rank that took another step would wait for the other one in vain."""
+    for last in (50, None):
+        spawn(record_losses, prepared, [(tmp_path, last, AUTO)])
+    steps = state_in(tmp_path).step
+    assert 60 <= steps < 600
+    assert steps % 30 == 0
+    assert len(json.loads((tmp_path / "losses.json").read_text())) == steps
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.model import Gates, Model
 from mmoe_rec.training import loop
 from mmoe_rec.training.distributed import process_group
-from mmoe_rec.training.loop import Meter, Trainer
+from mmoe_rec.training.loop import Meter, Trainer, TrainingResult
 from mmoe_rec.training.losses import masked_loss
-from mmoe_rec.training.steps import learning_rate_fraction
+from mmoe_rec.training.steps import has_improved, learning_rate_fraction
 from mmoe_rec.training.validation import Validation
 from tests.model.examples import LAYOUT, is_weight
 from tests.training.learnable import (
@@ -317,3 +317,57 @@ def test_training_stops_when_patience_has_run_out(
     assert actual.result.steps == 4 * STEPS // 2
     assert actual.result.best_step == 2 * STEPS // 2
     assert len(actual.result.history) == 4
+
+
+def last_epoch(curve: list[list[float]]) -> int:
+    """The epoch after which `epochs: auto` stops, from the values of each epoch's validations."""
+    best = None
+    for epoch, values in enumerate(curve, 1):
+        if best is not None and max(values) < best + 0.0005 * abs(best):
+            return epoch
+        best = max([*values] if best is None else [*values, best])
+    return len(curve)
+
+
+@pytest.mark.parametrize("monitor", ["auc", "loss"])
+def test_training_stops_after_an_epoch_without_gain(monitor: str) -> None:
+    """Only validations decide: the loop takes no step here."""
+    random, epochs, left = np.random.default_rng(3), set(), Trainer.__new__(Trainer)
+    left.settings = TRAINING.model_copy(update={"epochs": "auto", "monitor": monitor})
+    left.layout, left.cycle_steps, left.total_steps = replace(LAYOUT, tasks=LAYOUT.tasks[:1]), 30, 600
+    for halving in np.linspace(0, 0.97, 50):
+        curve = 0.7 + 0.2 * (1 - halving ** np.arange(20)[:, None]) + random.normal(0, 0.001, (20, 3))
+        left.result, stops = TrainingResult(""), []
+        for number, value in enumerate(curve.ravel().tolist(), 1):
+            validation = Validation({"click": -value}, {"click": value}, ExpertUtilization(*torch.zeros(2, 1, 2)))
+            left.result.history.append((10 * number, validation))
+            left.result.steps = 10 * number
+            stops += [left.result.steps] * left._stops_early()
+        epochs.add(last_epoch(curve.tolist()))
+        assert min([*stops, 600]) == 30 * last_epoch(curve.tolist())
+    assert {3, 20} < epochs
+
+
+def test_learning_rates_rise_and_fall_in_each_epoch(
+    prepared: FeatureFolder, tmp_path: Path, scripted: list[tuple[float, float]], capsys: pytest.CaptureFixture
+) -> None:
+    scripted += [(0.6, 0), (0.7, 0), (0.69, 0), (0.72, 0), (0.7202, 0), (0.7, 0), (0.99, 0)]
+    actual = trained(prepared, tmp_path / "best", epochs="auto", validations_per_epoch=2)
+    assert f"{STEPS} steps of 60 rows in an epoch, until" in capsys.readouterr().err
+    assert actual.result.stopped_early
+    assert actual.result.steps == 3 * STEPS
+    assert actual.result.best_step == 5 * STEPS // 2, "the best state is kept, though its gain was too small to go on"
+    rates = {
+        step: metrics["train/learning_rate"] for step, metrics in actual.logged if "train/learning_rate" in metrics
+    }
+    expected = [
+        TRAINING.learning_rate * learning_rate_fraction(step - 1, STEPS, TRAINING.warmup_fraction)
+        for step in range(25, STEPS + 1, 25)
+    ]
+    assert list(rates.values()) == pytest.approx(3 * expected)
+
+
+def test_a_warm_start_is_the_first_to_compare_with() -> None:
+    assert has_improved({0: 0.7}, -30)
+    assert not has_improved({0: 0.7, 30: 0.7003}, 0)
+    assert has_improved({0: 0.7, 30: 0.7004}, 0)

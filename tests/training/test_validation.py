@@ -208,7 +208,7 @@ def test_probabilities_far_from_what_was_observed_are_reported(ratio: float, row
     """2.5 times 3 rows may be chance."""
     validation = build_validation(calibration={"click": ratio}, rarer_label_rows={"click": rows})
     for calibration, advice in (
-        ("none", "or set training.calibration to"),
+        ("none", "set training.calibration to"),
         ("isotonic", "the isotonic calibration was"),
     ):
         warnings = find_warnings(validation, calibration)
