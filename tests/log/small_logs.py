@@ -67,6 +67,7 @@ ALL_KINDS: dict[str, Any] = {
         "window_days": [None, 2],
     },
     "brand_spent": {"kind": "counter", "task": "spent", "by": ["brand"], "outputs": ["log_sum", "rate"]},
+    "clicked_together": {"kind": "cooccurrence", "task": "click", "last": 3, "max_events": 6, "window_days": 7},
 }
 
 
