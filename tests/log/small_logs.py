@@ -74,6 +74,7 @@ ALL_KINDS: dict[str, Any] = {
         "outputs": ["rank", "fraction", "z_score", "below_max", "above_min", "length"],
         "sampled_lists": True,  # Some logs have sampling rates.
     },
+    "clicked_together": {"kind": "cooccurrence", "task": "click", "last": 3, "max_events": 6, "window_days": 7},
 }
 
 
