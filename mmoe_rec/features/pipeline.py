@@ -230,7 +230,7 @@ class FeaturePipeline:
 
     def inputs(self, rows: LogRows) -> Inputs:
         """Return the inputs of N rows by name. Columns of `roles.placement` may be absent, as in serving."""
-        all_inputs = Inputs()
+        all_inputs, rows = Inputs(), rows.with_own_results()  # Later events can change the results.
         for encoder in self._in_order:
             all_inputs.add(self._encode(encoder, rows))
         return all_inputs.standardized()
@@ -249,13 +249,15 @@ class FeaturePipeline:
                 counter.encode(rows)  # Adds the results to `rows.results`.
         return {name: values for encoder in encoders for name, values in encoder.numbers_to_compare(rows).items()}
 
-    def compare_candidates(self, rows: LogRows) -> None:
-        """Add relative features to `rows.results`, unless they are there. `rows` have all rows of each request."""
+    def compare_candidates(self, rows: LogRows) -> LogRows:
+        """Return the rows with relative features in `results`. `rows` must have all rows of each request."""
         encoders = [encoder for encoder in self.relative_encoders if not rows.results.keys() >= encoder.numbers.keys()]
         if encoders:
+            rows = rows.with_own_results()
             numbers, requests = self.numbers_to_compare(rows), rows.request_codes()
             for encoder in encoders:
                 rows.results |= encoder.compare(numbers, requests)
+        return rows
 
     def request_inputs(self, rows: RequestRows) -> tuple[Inputs, Inputs]:
         """Return the inputs of R requests (features of user and context) and of N candidates (other features)."""

@@ -366,7 +366,7 @@ class Ranker:
         """
         pipeline, results = self.pipeline, []
         rows = read_rows(pipeline, rows)
-        pipeline.compare_candidates(rows)  # Before batches divide requests.
+        rows = pipeline.compare_candidates(rows)  # Before batches divide requests.
         if weights is None:
             weights = resolve_task_weights(self.info.tasks, None)
         for chunk in rows.iter_batches(FEATURE_BATCH_ROWS):

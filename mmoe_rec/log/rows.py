@@ -10,8 +10,9 @@ is the request or the row number, the candidate is the row number, and the time 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -90,6 +91,12 @@ class LogRows:
             results = {n: v.take(batch) if isinstance(v, DedupedRagged) else v[batch] for n, v in self.results.items()}
             numbers = None if self._row_numbers is None else self._row_numbers[batch]
             yield LogRows(self.table.slice(start, rows), self.schema, results, numbers)
+
+    def with_own_results(self) -> Self:
+        """Return a shallow copy whose `results` can change without a change of these rows."""
+        rows = copy(self)
+        rows.results = dict(self.results)
+        return rows
 
     def with_times(self, times: np.ndarray) -> "LogRows":
         """Return a copy without `results`, with new request `times`, (N,) int64 microseconds since 1970 UTC."""

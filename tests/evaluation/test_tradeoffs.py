@@ -15,8 +15,7 @@ from mmoe_rec.evaluation.sums import MeasuredTask, PredictedRows
 from mmoe_rec.evaluation.tradeoffs import WeightSweep, make_grid
 from mmoe_rec.report.report_files import read_report
 from tests.commands import exit_code
-from tests.inference.small_model import SmallModel
-from tests.log.small_logs import ALL_KINDS
+from tests.inference.small_model import WITHOUT_COMPARISONS, SmallModel
 
 TASKS = ["bought", "liked"]
 
@@ -122,8 +121,7 @@ def test_a_task_without_a_relevant_row_is_undefined() -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
     # The labels are random. With these features, other weights of the tasks gain on the test rows, too.
-    features = {name: feature for name, feature in ALL_KINDS.items() if name not in ("among", "clicked_together")}
-    return SmallModel(tmp_path_factory.mktemp("model"), features=features)
+    return SmallModel(tmp_path_factory.mktemp("model"), features=WITHOUT_COMPARISONS)
 
 
 def run(model: SmallModel, *words: str) -> int:

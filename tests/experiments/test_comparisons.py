@@ -261,7 +261,10 @@ def test_architectures_by_the_command(tmp_path: Path) -> None:
     ("words", "says"),
     [
         (("--variant", "a", "training.lerning_rate=1"), "variant 'a': there is no option or setting '--training.ler"),
-        (("--variant", "a", "training.epochs=none"), "variant 'a': 'training.epochs' must be auto, or a whole number of at least 1"),
+        (
+            ("--variant", "a", "training.epochs=none"),
+            "variant 'a': 'training.epochs' must be auto, or a whole number of at least 1",
+        ),
         (("--variant", "a", "features.prize=null"), "a: there is no feature 'prize' to leave out."),
         (("--variant", "a"), "--variant 'a' changes nothing"),
         (("--variant", "a=1"), "--variant 'a=1' has no name"),

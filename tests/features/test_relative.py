@@ -100,7 +100,7 @@ def test_served_lists_equal_the_log(seed: int) -> None:
     pipeline = fit(table, schema, int(np.median(times)))
     served, order = served_rows(rows)
     assert_same(pipeline.encode(served), pipeline.encode(LogRows(rows.table.take(pa.array(order)), schema)))
-    pipeline.compare_candidates(rows)
+    rows = pipeline.compare_candidates(rows)
     whole, parts = rows.results, [part.results for part in rows.iter_batches(7)]
     assert whole.keys() >= {"f_length", "f_brand_click_rate_1d_rank", "f_price_z_score"}
     np.testing.assert_array_equal(np.concatenate([part["f_length"] for part in parts]), whole["f_length"])

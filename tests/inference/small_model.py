@@ -38,6 +38,10 @@ ATTENTION: dict[str, Any] = {
     "liked_items": ALL_KINDS["liked_items"] | _LOOKED_AT,
 }
 
+WITHOUT_COMPARISONS = {
+    name: feature for name, feature in (ALL_KINDS | ATTENTION).items() if name not in ("among", "clicked_together")
+}
+
 
 def small_settings(work: Path, **sections: Any) -> Settings:
     """Settings of a random log, with every kind of feature."""

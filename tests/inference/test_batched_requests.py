@@ -131,7 +131,7 @@ def test_what_is_looked_up_once_equals_a_row_for_each_candidate(
     histories = [item.history for item in layout.attention]
     seen, looked_at = 0, np.isin([*names, *layout.dense_names(placement=False)], histories)
     for _ in range(20):
-        requests = [request({"user": int(user)}, drawn(random).candidates) for user in random.integers(0, 12, 4)]
+        requests = [request({"user": int(user)}, drawn(random).candidates) for user in random.permutation(12)[:4]]
         columns = {tuple(request.candidates) for request in requests}
         for same in columns:
             rows = ranker.reader.rows([item for item in requests if tuple(item.candidates) == same])

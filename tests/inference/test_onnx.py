@@ -139,7 +139,7 @@ def given(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     tasks = small.settings.model_dump(mode="json", exclude_unset=True)["tasks"]
     del tasks["spent"]
     tasks["liked"] |= {"conditional_on": "click", "score_weight": 0.5}
-    features = {name: item for name, item in ALL_KINDS.items() if name != "brand_spent"}
+    features = {name: item for name, item in ALL_KINDS.items() if name not in ("brand_spent", "among")}
     model = SmallModel(work, tasks=tasks, features=features)
     for name in ("int8", "onnx"):
         (work / name).mkdir()

@@ -193,7 +193,7 @@ def fit_in_memory(
             encoder.partial_fit_results(encoder.look_up(part))
     if pipeline.relative_encoders:
         whole = LogRows(pa.concat_tables([part.table for part in inside], promote_options="permissive"), schema)
-        pipeline.compare_candidates(whole)
+        whole = pipeline.compare_candidates(whole)
         for encoder in pipeline.relative_encoders:
             encoder.partial_fit_results(whole.results)
     pipeline.finish_fit_results()

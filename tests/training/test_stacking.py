@@ -35,7 +35,7 @@ from mmoe_rec.tracking import registry
 from mmoe_rec.training import stacking
 from mmoe_rec.training.boosting import TreeInputs, train_lightgbm
 from mmoe_rec.training.stacking import fit_blend, fit_task_trees, is_significantly_lower
-from tests.inference.small_model import ITEMS, SmallModel, as_request, draw_requests, random_inputs
+from tests.inference.small_model import ITEMS, WITHOUT_COMPARISONS, SmallModel, as_request, draw_requests, random_inputs
 from tests.inference.test_ranker import in_request_order, offline
 from tests.log.small_logs import ALL_KINDS
 
@@ -51,8 +51,7 @@ MODEL: dict[str, Any] = {
 def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
     """The small log's model with trees, whose steps are large, as its labels are random."""
     # Without compared candidates, the trees of every task get a weight.
-    features = {name: feature for name, feature in ALL_KINDS.items() if name != "among"}
-    return SmallModel(tmp_path_factory.mktemp("trees"), model=MODEL, features=features)
+    return SmallModel(tmp_path_factory.mktemp("trees"), model=MODEL, features=WITHOUT_COMPARISONS)
 
 
 def roots_of(text: str) -> list[dict[str, Any]]:
@@ -110,7 +109,8 @@ def test_a_served_request_gets_what_a_batch_job_gives(small: SmallModel) -> None
 def test_an_onnx_file_has_the_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Weights lie in a file of their own, as large ones do.
     monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
-    small = SmallModel(tmp_path / "work", model=MODEL, features=ALL_KINDS)  # without attention
+    features = {name: ALL_KINDS[name] for name in WITHOUT_COMPARISONS}  # without attention
+    small = SmallModel(tmp_path / "work", model=MODEL, features=features)
     ranker = Ranker.load(small.folder)
     write_onnx(small.folder, tmp_path)
     onnx, random = load_onnx(tmp_path), np.random.default_rng(0)
