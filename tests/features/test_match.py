@@ -239,8 +239,8 @@ def test_infinite_numbers_and_numbers_of_another_kind() -> None:
         ({"compare": ["equal", "equal"]}, "lists equal twice"),
         (
             {"compare": ["overlap", "cosine"]},
-            "mixes outputs of different columns: overlap reads lists of integers or lists of strings and .*, cosine "
-            "reads lists of numbers and lists of numbers. Write a feature for each",
+            "mixes outputs of different types: overlap reads lists of integers or lists of strings and .*, cosine "
+            "reads lists of numbers and lists of numbers. Write a feature for each type",
         ),
         ({"compare": "cosine"}, "`compare: cosine` needs `size`, the length of the vectors"),
         ({"compare": "equal", "size": 3}, "Other outputs have no `size`"),
@@ -259,7 +259,7 @@ def test_integers_are_not_compared_with_strings(name: str) -> None:
     of = schema(**{name: FEATURES[name]})
     integers, strings = (drawn_log(3, strings=strings)[0] for strings in (False, True))
     first, second = FEATURES[name]["columns"]
-    message = rf"feature '{name}': column '{first}' holds int64 and column '{second}' holds string, which can't be com"
+    message = rf"feature '{name}': column '{first}' holds int64 and column '{second}' holds string, which are never e"
     mixed = with_column(integers, second, strings[second])
     with pytest.raises(UserError, match=message):
         fit(mixed, of, UNTIL)

@@ -118,7 +118,11 @@ def test_served_lists_equal_the_log(seed: int) -> None:
             {"counters": ["brand_rate"]},
             {},
         ),
-        ("has a sample of its rows", {}, {"columns": {**BASE["columns"], "sampling_rate": "rate"}}),
+        (
+            "columns.sampling_rate says that rows are missing. Remove the feature",
+            {},
+            {"columns": {**BASE["columns"], "sampling_rate": "rate"}},
+        ),
         (
             "needs columns.request",
             {},

@@ -1,8 +1,8 @@
 """The feature kind `cooccurrence`: how often the candidate followed the user's last candidates, over all users.
 
 The counts are the item-to-item counts of collaborative filtering (Linden et al., "Amazon.com recommendations", IEEE
-Internet Computing 2003). They are a function of each user's last events, which are all that the event store holds. So
-the order in which events arrive, and the moment at which a store is compacted, can't change a count.
+Internet Computing 2003). The event store holds only the last events of each user, and all counts follow from these
+events. So a count doesn't depend on the order in which events arrive, or on the time at which a store is compacted.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,8 +32,9 @@ _LOOKUPS_AT_ONCE = 65_536
 class CooccurrenceFeature(EventFeature):
     """How often the candidate followed the user's last candidates, among the last events of all users.
 
-    The inputs are log(1 + x) of three numbers: the sum of the counts over the user's last candidates, the largest
-    count, and the sum of the counts divided by the popularity of both candidates.
+    The count of a past candidate is the number of times that any user had it and then, at most `last` events later, the
+    candidate to rank. The inputs are log(1 + x) of three numbers x: the sum of the counts over the user's last
+    candidates, the largest count, and the sum after each count is divided by the popularity of both candidates.
     """
 
     fixed_role = "candidate"
@@ -73,11 +74,11 @@ class CooccurrenceFeature(EventFeature):
 
 @dataclass(eq=False)
 class CooccurrenceStore(HistoryStore):
-    """Candidates of users, in E events of one candidate each, and counts of pairs of candidates.
+    """Last events of users, with one candidate each, and counts of pairs of candidates.
 
     Attributes:
         feature: Settings of the feature.
-        change: Change of the counts that a level makes. None if the store is not a level.
+        change: Changes of the counts by the events of a level. None if the store is not a level.
     """
 
     feature: CooccurrenceFeature = field(kw_only=True)
@@ -90,11 +91,11 @@ class CooccurrenceStore(HistoryStore):
         return replace(merged, change=self.change.merged(store.change))
 
     def with_levels(self, levels: Sequence[Self]) -> Self:
-        _ = self.counts  # Count before the copy, so that the next copies needn't count again.
+        _ = self.counts  # Count before the copy, so that all copies share the counts.
         return super().with_levels(levels)
 
     def of_users(self, users: np.ndarray) -> Self:
-        """Return a store with the events and levels of the distinct ascending `users`, without levels."""
+        """Return one store with the events of some `users` (distinct, ascending) in this store and its levels."""
         parts = []
         for store in (self, *self.levels):
             _, groups = find_keys(store.events.unique_keys, users)
@@ -106,14 +107,14 @@ class CooccurrenceStore(HistoryStore):
 
     @cached_property
     def counts(self) -> CounterStore:
-        """Counts of all pairs in this store without its levels, or the change that a level makes."""
+        """Counts of all pairs in this store without its levels. For a level, the changes of counts."""
         return self.count_pairs() if self.change is None else self.change
 
     def count_pairs(self, candidates: np.ndarray | None = None) -> CounterStore:
-        """Return a store of counts, whose `rows` fall when events of a pair no longer count.
+        """Count pairs of candidates, and the events of each candidate. `rows` fall when events no longer count.
 
-        The key of a pair has the code of the earlier candidate in its upper and that of the later candidate in its
-        lower 32 bits. A lower code of 0 is the key of the number of events of a candidate.
+        The upper 32 bits of a key are the code of the earlier candidate. The lower 32 bits are the code of the later
+        candidate, or 0 for the number of events of the earlier candidate.
 
         Args:
             candidates: Codes of the later candidates of the pairs to count, uint64. None counts all pairs.
@@ -128,18 +129,18 @@ class CooccurrenceStore(HistoryStore):
             end = np.minimum(end, time + feature.window)
         if since is not None:
             time = np.maximum(time, since)
-        is_asked = np.ones(len(self), bool) if candidates is None else np.isin(codes, candidates)
+        is_counted = np.ones(len(self), bool) if candidates is None else np.isin(codes, candidates)
         keys, times, steps = [], [], []
         for distance in range(feature.last + 1):
             first = np.flatnonzero(group[distance:] == group[: -distance or None])
-            if not len(first):  # No user has so many events.
+            if not len(first):  # No user has this many events.
                 break
             first = first[time[first + distance] < end[first]]
             if distance:
                 same_time = first[self.events.available_at[first + distance] == self.events.available_at[first]]
                 earlier, later = np.append(first, same_time + distance), np.append(first + distance, same_time)
-                asked = is_asked[later]
-                earlier, later = earlier[asked], later[asked]
+                counted = is_counted[later]
+                earlier, later = earlier[counted], later[counted]
                 key = (codes[earlier] << _CODE_BITS) | codes[later]
             else:
                 earlier, later, key = first, first, codes[first] << _CODE_BITS
@@ -155,9 +156,10 @@ class CooccurrenceStore(HistoryStore):
 
 
 class CooccurrenceEncoder(PointInTimeEncoder[CooccurrenceStore]):
-    """Encoder of the counts of the candidate after the user's last candidates.
+    """Encoder of counts of the candidate after the user's last candidates.
 
-    A code is the upper half of a 64-bit hash. The key of a lookup consists of the codes of candidate and user.
+    A code of a user or candidate is the upper half of a 64-bit hash, so two IDs may rarely share a code. The key of a
+    lookup consists of the codes of candidate and user.
     """
 
     feature: CooccurrenceFeature
@@ -185,7 +187,7 @@ class CooccurrenceEncoder(PointInTimeEncoder[CooccurrenceStore]):
         return rows.make_lookups(self.keys(rows), rows.times())
 
     def events(self, rows: LogRows) -> pa.Table:
-        """Return one event for each row with a positive label. Rows without a user or candidate are no events."""
+        """Return one event for each row with a label of at least `min_label`, a user and a candidate."""
         counts = rows.labels(self.task, NO_CUTOFF) >= self.feature.min_label
         for column in self.key_columns:
             counts &= rows.column(column).is_valid().to_numpy(zero_copy_only=False)
@@ -217,12 +219,12 @@ class CooccurrenceEncoder(PointInTimeEncoder[CooccurrenceStore]):
         """Return log(1 + x) of each number x of D lookups.
 
         `normalized` is the sum of count(a, c) / sqrt(count(a) count(c)) over the user's last candidates a, for the
-        candidate c, as in the cosine similarity of items (Sarwar et al., "Item-based collaborative filtering
-        recommendation algorithms", WWW 2001).
+        candidate c. The cosine similarity of items has the same divisor (Sarwar et al., "Item-based collaborative
+        filtering recommendation algorithms", WWW 2001).
         """
         lookups = lookups.clamp_times(store.compacted_at)
         candidates = lookups.key >> _CODE_BITS
-        # A build has many lookups of some candidates, so it counts only their pairs. A server has counted all pairs.
+        # A task of a build looks up some candidates, so it counts only their pairs. A server has counted all pairs.
         counts = store.counts if store is self.store else store.count_pairs(np.unique(candidates))
         counts = counts.with_levels([level.counts for level in store.levels])
         make = Lookups.sort if lookups.is_sorted else Lookups.one_per_row
@@ -238,7 +240,7 @@ class CooccurrenceEncoder(PointInTimeEncoder[CooccurrenceStore]):
             users = Lookups.sort(lookups.key[rows] << _CODE_BITS, times)
             (lists,) = store.last_events(users, self.feature.last, self.feature.window)
             earlier, user = lists.values.view(np.uint64) << _CODE_BITS, np.arange(len(users)).repeat(lists.lengths)
-            # Combine each event of a user with all rows of this user. Similar keys are then found fast.
+            # Combine each event of a user with all rows of this user. Neighboring keys are then similar and found fast.
             by_user, rows_of_users = np.lexsort((later, users.inverse)), np.bincount(users.inverse)
             repeats = rows_of_users[user]
             row = by_user[concat_ranges((np.cumsum(rows_of_users) - rows_of_users)[user], repeats)]

@@ -1,4 +1,7 @@
-"""The feature kind `match`: comparisons of a column of the user or context with a column of the candidate."""
+"""The feature kind `match`: comparisons of a column of the user or context with a column of the candidate.
+
+A network learns slowly from separate embeddings that two IDs are equal, so this kind computes the comparison.
+"""
 
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
@@ -33,10 +36,9 @@ _USES: dict[_Output, tuple[ColumnUse, ColumnUse]] = {
     "time_difference": ("time", "time"),
     "cosine": ("vector", "vector"),
 }
-# Chunks of rows limit memory. The 64-bit key of an id has its row in the chunk, and then the first bits of its hash.
+# IDs are compared in chunks of rows, which limits memory. The 64-bit key of an ID has 10 bits for the row in the chunk,
+# and then the first 54 bits of the hash of the ID.
 _CHUNK_ROWS, _HASH_BITS = 1024, np.uint64(54)
-
-
 _AsTuple = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 
 
@@ -44,13 +46,16 @@ class MatchFeature(Feature):
     """Comparisons of a column of the user or context with a column of the candidate, as standardized numbers."""
 
     kind: Literal["match"]
-    columns: Annotated[tuple[str, ...], Unique] = Field(description="a column of the candidate and one of user/context")
+    columns: Annotated[tuple[str, ...], Unique] = Field(
+        description="a column of the candidate, and one of the user or context"
+    )
     compare: Annotated[tuple[_Output, ...], _AsTuple, Unique] = Field(
         min_length=1,
         description="one or more outputs; equal: 1 if two IDs are equal, else 0; contains: 1 if the list in the first "
-        "column contains the ID in the second, else 0; overlap: number of IDs that two lists share; coverage and "
-        "jaccard: this number / distinct IDs of the candidate's list or of both; difference: second number - first; "
-        "ratio: log of (1 + |second|) / (1 + |first|); time_difference: days from first to second; cosine: of vectors",
+        "column contains the ID in the second, else 0; overlap: number of distinct IDs that two lists share; coverage: "
+        "overlap / distinct IDs of the candidate's list; jaccard: overlap / distinct IDs of both lists; difference: "
+        "second number - first; ratio: log of (1 + |second|) / (1 + |first|); time_difference: days from the first "
+        "time to the second; cosine: cosine similarity of two vectors",
     )
     size: int | None = Field(None, ge=1, description="length of the vectors (only for cosine)")
 
@@ -58,7 +63,7 @@ class MatchFeature(Feature):
     def _check_compare(self) -> Self:
         if len({_USES[output] for output in self.compare}) > 1:
             reads = ", ".join(f"{o} reads {' and '.join(EXPECTED[use] for use in _USES[o])}" for o in self.compare)
-            raise ValueError(f"`compare` mixes outputs of different columns: {reads}. Write a feature for each.")
+            raise ValueError(f"`compare` mixes outputs of different types: {reads}. Write a feature for each type.")
         if (self.size is None) == (self.compare == ("cosine",)):
             raise ValueError("`compare: cosine` needs `size`, the length of the vectors. Other outputs have no `size`.")
         return self
@@ -71,8 +76,8 @@ class MatchFeature(Feature):
         return {} if self.size is None else dict.fromkeys(self.columns, self.size)
 
     def check(self, name: str, schema: Schema) -> None:
-        """Raise ValueError unless one of two columns describes the candidate, and the other the user or context."""
-        schema.role_of(name)  # First report a column without role.
+        """Raise ValueError unless one column describes the candidate and the other column the user or context."""
+        schema.role_of(name)  # Reports a column without a role.
         roles = {column: schema.column_roles.get(column, "no role") for column in self.columns}
         if sorted(role.replace("context", "user") for role in roles.values()) != ["candidate", "user"]:
             found = ", ".join(f"'{column}' ({role})" for column, role in roles.items())
@@ -112,7 +117,7 @@ class MatchEncoder(StatisticsEncoder):
         kinds = [str(element_type(rows.raw_column(column).type)) for column in self.feature.columns]
         if kinds.count("string") == 1 and "null" not in kinds:
             found = " and ".join(map("column '{}' holds {}".format, self.feature.columns, kinds))
-            raise UserError(f"feature '{self.name}': {found}, which can't be compared. Write both as one type.")
+            raise UserError(f"feature '{self.name}': {found}, which are never equal. Write both columns with one type.")
         for values, number in self.encode(rows).numbers:
             number.histogram.add(values)
 
@@ -125,7 +130,7 @@ class MatchEncoder(StatisticsEncoder):
 
     @np.errstate(invalid="ignore", divide="ignore", over="ignore")
     def _compare(self, rows: LogRows) -> dict[str, np.ndarray]:
-        """Return all outputs for columns of these types, each (N,) float64, NaN if missing."""
+        """Return all outputs that compare columns of these types, each (N,) float64, NaN if missing."""
         first, second = self.feature.columns
         match _USES[self.feature.compare[0]]:
             case ("key", "key"):
@@ -148,7 +153,7 @@ class MatchEncoder(StatisticsEncoder):
         return {"contains": contains, "overlap": shared, "coverage": shared / own, "jaccard": jaccard}
 
     def _count_shared(self, rows: LogRows) -> np.ndarray:
-        """Count the distinct ids that both lists share, of the candidate's list and of the other list, (3, N) int64."""
+        """Count distinct IDs, (3, N) int64: shared IDs, IDs of the candidate's list, and IDs of the other list."""
         source, index = rows, np.arange(len(rows))
         if isinstance(rows, RequestRows):  # All candidates of a request share one list, so read it once.
             source, index = rows.shared, rows.request_index
@@ -170,7 +175,7 @@ class MatchEncoder(StatisticsEncoder):
 
 
 def _distinct(lists: pa.Array) -> np.ndarray:
-    """Return the distinct ids of up to `_CHUNK_ROWS` lists, as ascending uint64 keys with the row and the id's hash."""
+    """Return the distinct IDs of up to `_CHUNK_ROWS` lists, as ascending uint64 keys of the row and the ID's hash."""
     if not pt.is_list(lists.type):  # A single id is a list of one.
         lists = pa.ListArray.from_arrays(np.arange(len(lists) + 1, dtype=np.int32), lists)
     ids, lengths = truncate_lists(lists, 2**62)

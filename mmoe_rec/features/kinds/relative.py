@@ -1,4 +1,4 @@
-"""The feature kind `relative`: numbers of a candidate in relation to the other candidates of its request."""
+"""The feature kind `relative`: how a number of a candidate compares with the other candidates of its request."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -22,9 +22,10 @@ Output = Literal["rank", "fraction", "z_score", "below_max", "above_min", "lengt
 
 
 class RelativeFeature(Feature):
-    """Numbers of a candidate in relation to the other candidates of its request, such as the rank of its price.
+    """Comparisons of a candidate with the other candidates of its request, such as the rank of its price.
 
-    Training needs all candidates of each request. Otherwise the lists in serving are longer than the lists in training.
+    The log must have all candidates of each request. Otherwise a request has more candidates in serving than in
+    training, so a rank means something else.
     """
 
     fixed_role: ClassVar[Role | None] = "candidate"
@@ -32,16 +33,17 @@ class RelativeFeature(Feature):
     kind: Literal["relative"]
     columns: Annotated[tuple[str, ...], Unique] = Field((), description="numeric columns of the candidate to compare")
     counters: Annotated[tuple[str, ...], Unique] = Field(
-        (), description="outputs of counters to compare, such as brand_clicked_rate"
+        (), description="outputs of counters of the candidate to compare, such as brand_clicked_rate"
     )
     outputs: Annotated[tuple[Output, ...], Unique] = Field(
         ("rank", "fraction", "length"),
         min_length=1,
         description="rank: fraction of the other candidates with a smaller number, where an equal one counts half; "
-        "fraction: number / sum, missing if a number is negative; z_score: (x - mean) / standard deviation; "
-        "below_max: maximum - x; above_min: x - minimum; length: log of the number of candidates",
+        "fraction: number / sum of the request, missing if the request has a negative number; z_score: (number - mean) "
+        "/ standard deviation; below_max: maximum - number; above_min: number - minimum; length: log of the number of "
+        "candidates",
     )
-    sampled_lists: bool = Field(False, description="allow a log that has only a sample of each request's candidates")
+    sampled_lists: bool = Field(False, description="whether to allow a log with columns.sampling_rate")
 
     @model_validator(mode="after")
     def _compares_something(self) -> Self:
@@ -58,15 +60,16 @@ class RelativeFeature(Feature):
         return InputSemantics(tuple(dict.fromkeys(chain(self.columns, *keys))))
 
     def check(self, name: str, schema: Schema) -> None:
-        """Raise ValueError if the log has no whole lists, or if a number is equal for all candidates of a request."""
+        """Raise ValueError if the log lacks requests or candidates, or if a number doesn't describe the candidate."""
         columns, counters = schema.columns, _counters(schema)
         if columns.request is None and not columns.has_user:
-            raise ValueError(f"feature '{name}' compares the rows of a request, so it needs columns.request")
+            problem = f"feature '{name}' needs columns.request, because it compares the rows of a request"
+            raise ValueError(f"{problem}. Set columns.request.")
         if columns.sampling_rate is not None and not self.sampled_lists:
             raise ValueError(
-                f"feature '{name}' needs all candidates of each request, but the log has a sample of its rows "
-                "(columns.sampling_rate). Remove the feature. Set its `sampled_lists` to true only if requests in "
-                "serving have as few candidates."
+                f"feature '{name}' compares all candidates of a request, but columns.sampling_rate says that rows are "
+                "missing. Remove the feature. If the log samples whole requests, or if requests in serving have as few "
+                "candidates as in the log, set its `sampled_lists` to true instead."
             )
         for counter in self.counters:
             if counter not in counters:
@@ -76,14 +79,13 @@ class RelativeFeature(Feature):
         numbers |= {counter: schema.role_of(counters[counter]) for counter in self.counters}
         for number, role in numbers.items():
             if role != "candidate":
-                reason = "has no role" if role is None else f"has the role {role}"
-                raise ValueError(
-                    f"feature '{name}' compares '{number}', which {reason}. Compare numbers of the role candidate."
-                )
+                found = "no role" if role is None else f"the role {role}"
+                problem = f"feature '{name}' compares '{number}', which has {found}"
+                raise ValueError(f"{problem}. Compare only numbers with the role candidate.")
 
 
 def _counters(schema: Schema) -> dict[str, str]:
-    """Return the name of a counter's output -> name of the counter."""
+    """Return each output of a counter -> the name of the counter."""
     counters = {name: feature for name, feature in schema.features.items() if isinstance(feature, CounterFeature)}
     return {output: name for name, feature in counters.items() for output in feature.output_names(name)}
 
@@ -99,7 +101,7 @@ def find_comparing(schema: Schema) -> dict[str, list[str]]:
 
 
 class RelativeEncoder(StatisticsEncoder):
-    """Encoder of numbers in relation to the other candidates of the request."""
+    """Encoder of comparisons with the other candidates of the request."""
 
     feature: RelativeFeature
 
@@ -112,22 +114,25 @@ class RelativeEncoder(StatisticsEncoder):
         self.numbers = {result: DenseNumber(result) for result in names}
 
     def numbers_to_compare(self, rows: LogRows) -> dict[str, np.ndarray]:
-        """Return column or counter -> its numbers in N rows, (N,) float64. Counters are read from `rows.results`."""
+        """Return column or output of a counter -> its numbers in N rows, (N,) float64.
+
+        `rows.results` must have the outputs of counters.
+        """
         numbers = {name: rows.numbers(name) for name in self.feature.columns}
         return numbers | {name: np.asarray(rows.results[name], np.float64) for name in self.feature.counters}
 
     def compare(self, numbers: Mapping[str, np.ndarray], requests: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the results of N rows by name, (N,) float32, NaN where the number is missing.
+        """Return the results of N rows by name, (N,) float32, NaN if the compared number is missing.
 
         Args:
-            numbers: Numbers that `numbers_to_compare` returned, for all rows of each request in any order.
+            numbers: Numbers that `numbers_to_compare` returned. They must have all rows of each request, in any order.
             requests: (N,) int64 code of each row's request. Codes start at 0.
         """
         results: dict[str, np.ndarray] = {}
         if "length" in self.feature.outputs:
-            results[f"{self.name}_length"] = np.log(np.bincount(requests))[requests].astype(np.float32)
+            results[f"{self.name}_length"] = np.log(np.bincount(requests)[requests]).astype(np.float32)
         outputs = [output for output in self.feature.outputs if output != "length"]
-        # Compare several numbers of a request at once, but few numbers of many rows, for which memory is limited.
+        # One call for several numbers is faster. To limit memory, a call with many rows compares fewer numbers.
         step = max(1, _ROWS_AT_ONCE // max(1, len(requests)))
         for start in range(0, len(self.compared), step):
             names = self.compared[start : start + step]
@@ -137,7 +142,10 @@ class RelativeEncoder(StatisticsEncoder):
         return {name: results[name] for name in self.numbers}
 
     def encode(self, rows: LogRows) -> Inputs:
-        """Return the results as `Inputs.numbers`. Without `rows.results`, the rows must have all rows of a request."""
+        """Return the results as `Inputs.numbers`, from `rows.results` if they are there.
+
+        Otherwise compute the results. `rows` must then have all rows of each request.
+        """
         results: Mapping[str, Any] = rows.results
         if not results.keys() >= self.numbers.keys():
             results = self.compare(self.numbers_to_compare(rows), rows.request_codes())
@@ -145,9 +153,9 @@ class RelativeEncoder(StatisticsEncoder):
 
 
 def _compare(numbers: np.ndarray, requests: np.ndarray, outputs: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return `outputs` except `length`, (K, N) float32 each, for K numbers of N rows, (K, N).
+    """Return `outputs` (without `length`) by name, each (K, N) float32, for K numbers of N rows, (K, N).
 
-    Sums are of sorted numbers, so they don't depend on the order of the rows.
+    Numbers are sorted before they are added, so results don't depend on the order of the rows.
     """
     flat, lists = numbers.ravel(), requests.max(initial=0) + 1
     groups = (np.arange(len(numbers))[:, None] * lists + requests).ravel()
@@ -160,7 +168,7 @@ def _compare(numbers: np.ndarray, requests: np.ndarray, outputs: Sequence[str]) 
     starts = _starts(group[1:] != group[:-1], len(x))
     count = np.diff(starts, append=len(x))
     lowest, highest = x[starts], x[starts + count - 1]
-    total = np.add.reduceat(x, starts) if len(x) else x
+    total = np.add.reduceat(x, starts)
     spread = partial(np.repeat, repeats=count)  # Values of groups -> values of rows.
 
     def compute(output: str) -> np.ndarray:
@@ -173,11 +181,11 @@ def _compare(numbers: np.ndarray, requests: np.ndarray, outputs: Sequence[str]) 
                 return np.where(spread(count) > 1, position / spread(np.maximum(count - 1, 1)), 0.5)
             case "fraction":
                 is_zero = total == 0
-                share = np.where(spread(is_zero), spread(1 / count), x / spread(np.where(is_zero, 1, total)))
-                return np.where(spread(lowest < 0), np.nan, share)
+                fraction = np.where(spread(is_zero), spread(1 / count), x / spread(np.where(is_zero, 1, total)))
+                return np.where(spread(lowest < 0), np.nan, fraction)
             case "z_score":
                 distance = x - spread(total / count)
-                std = np.sqrt((np.add.reduceat(np.square(distance), starts) if len(x) else x) / count)
+                std = np.sqrt(np.add.reduceat(np.square(distance), starts) / count)
                 is_equal = std <= _ROUNDING * np.maximum(np.abs(lowest), np.abs(highest))
                 return np.where(spread(is_equal), 0.0, distance / spread(np.where(is_equal, 1, std)))
             case "below_max":
@@ -194,7 +202,7 @@ def _compare(numbers: np.ndarray, requests: np.ndarray, outputs: Sequence[str]) 
 
 
 def _starts(changes: np.ndarray, count: int) -> np.ndarray:
-    """Return the index of the first of each run of values. `changes`, (count - 1,): whether the next value differs."""
+    """Return the index at which each run of equal values starts. `changes`: whether the next value differs."""
     return np.flatnonzero(np.append(True, changes)[:count])
 
 
