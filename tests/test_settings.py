@@ -271,12 +271,12 @@ CROSS = {"kind": "cross", "columns": ["u", "c"], "buckets": 2**31 + 1}
         (
             "columns.user",
             _DROPPED,
-            "feature 'last' needs columns.user, which is not set, because it lists events of a user",
+            "feature 'last' needs columns.user, because it lists events of a user",
         ),
         (
             "columns.time",
             _DROPPED,
-            "feature 'last' needs columns.time, which is not set, because it reads events before ",
+            "feature 'last' needs columns.time, because it reads events before ",
         ),
         ("split.train_end", _DROPPED, "'split': train_end is missing. Set the times, or set `column` for a table"),
         ("features.last.of", _DROPPED, "key {} is missing; `mmoe-rec settings` lists all keys"),

@@ -108,7 +108,7 @@ class Feature(Section, ABC):
             reason: Reason in the error message, a clause after "because".
         """
         if not getattr(schema.columns, f"has_{purpose}"):
-            raise ValueError(f"feature '{name}' needs columns.{purpose}, which is not set, because {reason}")
+            raise ValueError(f"feature '{name}' needs columns.{purpose}, because {reason}. Set columns.{purpose}.")
 
 
 class EmbeddingChoices(Section):
