@@ -79,7 +79,8 @@ class FeaturePipeline:
 
     `mmoe_rec.preprocessing.prepare` fits a pipeline in four steps. First, it calls `partial_fit` with training rows and
     then `finish_fit`. Second, it builds the event stores of counters and histories. Third, it calls the
-    `partial_fit_results` of these encoders with values for training rows. Last, it calls `finish_fit_results`.
+    `partial_fit_results` of these encoders and of relative features with values for training rows. Last, it calls
+    `finish_fit_results`.
 
     Attributes:
         key_types: Type of each column of ids or lists of ids in the log, a name in `_KEY_TYPES`. A request must have
@@ -130,12 +131,12 @@ class FeaturePipeline:
 
     @cached_property
     def point_in_time_encoders(self) -> dict[str, PointInTimeEncoder[Any]]:
-        """Counters and histories by name."""
+        """Features of earlier events by name, such as counters and histories."""
         return {name: encoder for name, encoder in self.encoders.items() if isinstance(encoder, PointInTimeEncoder)}
 
     @property
     def relative_encoders(self) -> list[RelativeEncoder]:
-        """Features that compare the candidates of a request."""
+        """Features of kind `relative`, which compare the candidates of a request."""
         return [encoder for encoder in self.encoders.values() if isinstance(encoder, RelativeEncoder)]
 
     @property
@@ -205,7 +206,7 @@ class FeaturePipeline:
         return {name: vocabulary.grow() for name, vocabulary in self.vocabularies.items()}
 
     def finish_fit_results(self) -> None:
-        """Compute the mean and standard deviation of each statistic of a counter and of each relative number."""
+        """Compute the mean and standard deviation of each statistic of a counter and of each relative feature."""
         for encoder in self.encoders.values():
             if isinstance(encoder, StatisticsEncoder):
                 encoder.finish_fit_results()
@@ -230,7 +231,8 @@ class FeaturePipeline:
 
     def inputs(self, rows: LogRows) -> Inputs:
         """Return the inputs of N rows by name. Columns of `roles.placement` may be absent, as in serving."""
-        all_inputs, rows = Inputs(), rows.with_own_results()  # Later events can change the results.
+        # Encoders add results to rows. Keep them out of the caller's rows, because later events can change them.
+        all_inputs, rows = Inputs(), rows.with_own_results()
         for encoder in self._in_order:
             all_inputs.add(self._encode(encoder, rows))
         return all_inputs.standardized()
@@ -241,16 +243,19 @@ class FeaturePipeline:
         return sorted(self.encoders.values(), key=lambda encoder: isinstance(encoder, RelativeEncoder))
 
     def numbers_to_compare(self, rows: LogRows) -> dict[str, np.ndarray]:
-        """Return column or counter -> its numbers in N rows, (N,) float64, for all relative features."""
+        """Return the numbers that relative features compare, each (N,) float64, by column or output of a counter.
+
+        The results of the counters are added to `rows.results`.
+        """
         encoders = self.relative_encoders
         counters = {counter for encoder in encoders for counter in encoder.feature.counters}
         for counter in self.point_in_time_encoders.values():
             if counters & counter.numbers.keys():
-                counter.encode(rows)  # Adds the results to `rows.results`.
+                counter.encode(rows)
         return {name: values for encoder in encoders for name, values in encoder.numbers_to_compare(rows).items()}
 
     def compare_candidates(self, rows: LogRows) -> LogRows:
-        """Return the rows with relative features in `results`. `rows` must have all rows of each request."""
+        """Return rows with the values of relative features in `results`. `rows` must have all rows of each request."""
         encoders = [encoder for encoder in self.relative_encoders if not rows.results.keys() >= encoder.numbers.keys()]
         if encoders:
             rows = rows.with_own_results()

@@ -51,7 +51,7 @@ class LogRows:
         Args:
             table: Canonical columns. Strings may be dictionary-coded.
             schema: Schema of the log.
-            results: Precomputed values of counters and histories for these rows, by name of the result.
+            results: Precomputed values of features for these rows, such as counters, by name of the result.
             row_numbers: Number of each row in its log, (N,) int64. None for rows that are not from a log.
         """
         self.table = table
@@ -93,7 +93,7 @@ class LogRows:
             yield LogRows(self.table.slice(start, rows), self.schema, results, numbers)
 
     def with_own_results(self) -> Self:
-        """Return a shallow copy whose `results` can change without a change of these rows."""
+        """Return a shallow copy with its own `results`, so that changes of them don't affect these rows."""
         rows = copy(self)
         rows.results = dict(self.results)
         return rows

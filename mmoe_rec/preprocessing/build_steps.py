@@ -380,7 +380,7 @@ class BuildSteps:
         Args:
             pipeline: Features. Their histograms count the values of rows in `training`.
             training: Request times [start, end) of the rows to count in histograms. None counts no rows.
-            prepare: Function that adds absent columns and results of counters to rows. None if rows are complete.
+            prepare: Function that adds missing columns and results of counters to rows. None if rows are complete.
         """
         if not pipeline.relative_encoders or not self.windows:
             return

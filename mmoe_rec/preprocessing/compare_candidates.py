@@ -1,7 +1,8 @@
-"""The step `compare` of a feature build: compute features that need all rows of a request, which may be in any files.
+"""The step `compare` of a feature build: compute the features of kind `relative`.
 
-Tasks first read parts of the log and send the numbers to compare to a partition of the requests. Then a task for each
-partition compares them, and returns the results to the rows in the same way as counters.
+Such a feature needs all rows of a request, which may be in different files. So tasks first read parts of the log, and
+send the numbers of each row to the partition of the request. Then a task for each partition compares the numbers, and
+sends the results to blocks of rows, as the step `look up` does.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,11 +31,11 @@ class CompareJob:
     Attributes:
         schema: Schema of the features.
         reader: Reader of the interaction log.
-        prepare: Function that adds absent columns and results of counters to rows. None if rows are complete.
+        prepare: Function that adds missing columns and results of counters to rows. None if rows are complete.
         windows: Request times [start, end) of the splits, in microseconds.
-        training: Request times [start, end) of the rows whose results count in histograms. None counts no rows.
-        exchange: Exchange of the numbers to compare. The receivers are partitions of the requests.
-        results: Exchange with the results of counters, which also gets the results of this step.
+        training: Request times [start, end) of the rows to count in histograms. None counts no rows.
+        exchange: Exchange of the numbers to compare, which partitions of requests receive.
+        results: Exchange with the results of counters, to which this step adds its results.
     """
 
     schema: Schema
@@ -47,7 +48,7 @@ class CompareJob:
 
 
 def send_numbers(job: CompareJob, part: LogPart) -> None:
-    """Send the numbers of a part of the log to the partitions of their requests."""
+    """Send the numbers to compare in a part of the log to the partitions of their requests."""
     job.exchange.send_batches(NUMBERS_CHANNEL, (part.start, 0), _read_numbers(job, part))
 
 
@@ -61,7 +62,7 @@ def _read_numbers(job: CompareJob, part: LogPart) -> Iterator[tuple[pa.Table, np
             columns = {"request": requests, "row": inside.row_numbers, "time": inside.times()}
             complete = LogRows(inside.table, rows.schema, results.of(inside.row_numbers))
             complete = complete if job.prepare is None else job.prepare(complete)
-            # A column of the log can have any name, so number the columns.
+            # Name the numbers by index, because a column of the log may be named `row`, for example.
             columns |= {
                 str(index): values for index, values in enumerate(pipeline.numbers_to_compare(complete).values())
             }
