@@ -2,6 +2,7 @@
 
 Counters and histories improve predictions most. Counters are proposed for the user, the candidate, the pair and their
 attributes, for each task and each event log. Their number is limited, so a log of 300 columns can be trained on, too.
+Comparisons are proposed between user and candidate, and between the candidates of a request.
 """
 
 import math
@@ -26,12 +27,13 @@ _MAX_CONTEXT_VALUES = 5000
 _MAX_PAIRS, _ROWS_PER_PAIR = 4, 20
 """Maximum number of counters by a user and a candidate attribute, and log rows needed per pair of values."""
 _MIN_LIST_ROWS, _MAX_COMPARED = 3, 8
-"""Mean number of rows of a request for which candidates are compared, and maximum number of columns and of counters."""
+"""Minimum mean number of rows of a request to compare candidates, and maximum number of columns and of counters."""
 _MAX_MATCHES, _MIN_SHARED_FRACTION, _MIN_VALUES, _MAX_HASHES = 8, 0.5, 5, 10_000
-"""Maximum number of comparisons, fraction of values that two columns of IDs must share, and limits on their number."""
+"""Maximum number of matches. Minimum fraction of values that two columns of IDs share, and minimum number of values of
+each column. Maximum number of values to compare, by hash."""
 _MIN_ENGAGEMENTS, _LAST_EVENTS, _MAX_EVENT_PAIRS = 2, 20, 20_000_000
-"""Minimum of the mean number of engagements of a user, and of a candidate, for counts of pairs of candidates. Default
-number of a user's last events. Maximum number of pairs, which take about 800 MB in a server."""
+"""Minimum mean number of engagements of a user, and of a candidate, to count pairs of candidates. Default of `last`.
+Maximum number of pairs, which take about 800 MB in a server."""
 _TEST_FRACTION, _VALIDATION_FRACTION = 0.2, 0.1
 
 
@@ -271,7 +273,7 @@ class ProposedSettings:
     def _match(
         self, first: Mapping[str, Any], second: Mapping[str, Any], hashes: Callable[[str], set[int]]
     ) -> tuple[float, list[str], CommentedSetting] | None:
-        """Return the rank (smallest first), columns and settings of a comparison, None if there is no reason for it."""
+        """Return sort key (smallest first), columns and settings of a comparison. None if the columns don't fit."""
         value_type, pair = self._value_type(first), [first["column"], second["column"]]
         columns, names_agree = [self.columns[name] for name in pair], _have_same_words(*pair)
         # Any two columns of integers share small numbers, so their names must agree, too.
@@ -279,10 +281,10 @@ class ProposedSettings:
             return None
         if value_type == "numeric" and names_agree:
             outputs = ["difference", "ratio"] if min(column.low for column in columns) >= 0 else "difference"
-            return 1.0, pair, CommentedSetting({"compare": outputs}, check="do both numbers have one unit?")
+            return 1.0, pair, CommentedSetting({"compare": outputs}, check="are both numbers in the same unit?")
         if value_type.startswith("vector"):
             value: dict[str, Any] = {"compare": "cosine", "size": first["size"]}
-            return 2.0, pair, CommentedSetting(value, check="do both vectors come from one model?")
+            return 2.0, pair, CommentedSetting(value, check="are both vectors from the same model?")
         shared = _shared_fraction(*map(hashes, pair)) if value_type in ("text", "integer") else 0.0
         lists = sum(column.kind == "keys" for column in columns)
         pair.sort(key=lambda name: self.columns[name].kind != "keys")  # `contains` takes the list first.
@@ -390,7 +392,7 @@ class ProposedSettings:
             self._add(f"{task_name}_together", {"kind": "cooccurrence", "task": task_name})
 
     def _propose_relative(self) -> None:
-        """Compare numbers and counters of the candidates within each request."""
+        """Propose to compare numbers and counters of the candidates within each request."""
         candidate, roles = self.keys.get("candidate"), self.schema.roles
         of_candidates = {candidate, *roles["candidate"]}
         numbers, counters = list[str](), list[str]()
@@ -402,9 +404,7 @@ class ProposedSettings:
                 counters.append(f"{name}_{'log_sum' if 'events' in value else 'rate'}")
         compared = {"columns": numbers[:_MAX_COMPARED], "counters": counters[:_MAX_COMPARED]}
         if compared := {key: names for key, names in compared.items() if names}:
-            check = (
-                "remove it if the log lacks some candidates of the requests, as the lists in serving are then longer"
-            )
+            check = "does the log have all candidates that the server will rank? If not, remove this feature"
             self._add("in_request", {"kind": "relative", **compared}, check=check)
 
     # Model and training
@@ -422,7 +422,7 @@ class ProposedSettings:
 
 
 def _have_same_words(first: str, second: str) -> bool:
-    """Return whether two names agree, apart from words for users, candidates and IDs, or one name is more specific."""
+    """Return whether the words of one name include those of the other, without words for users, candidates and IDs."""
     ignored = KEY_WORDS["user"] | KEY_WORDS["candidate"] | ID_WORDS
     words = [
         {word.removesuffix("s") for word in (*split_words(name), *re.findall(r"\d+", name)) if word not in ignored}

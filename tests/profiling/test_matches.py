@@ -59,7 +59,7 @@ def test_a_job_board_is_compared(tmp_path: Path, board: pa.Table) -> None:
         entry = re.search(rf"# (\d+)% of the values of one also occur in the other\n  {'_'.join(pair)}: {{kind", text)
         assert entry is not None
         assert int(entry[1]) == 100
-    assert re.search(r"# check: do both numbers have one unit\?\n  user_salary_job_salary: ", text)
+    assert re.search(r"# check: are both numbers in the same unit\?\n  user_salary_job_salary: ", text)
 
 
 def test_columns_of_other_values_are_not_compared(tmp_path: Path, board: pa.Table) -> None:
@@ -121,7 +121,7 @@ def test_lists_come_first_and_vectors_of_one_length_are_compared(tmp_path: Path,
     assert actual[("job_city", "user_city")] == ("contains",)
     assert actual[("user_text", "job_text")] == ("cosine",)
     assert len(actual) == 5
-    assert "check: do both vectors come from one model?" in text
+    assert "check: are both vectors from the same model?" in text
     assert re.search(r"user_text_job_text: {kind: match, .*compare: cosine, size: 3}", text)
 
 
