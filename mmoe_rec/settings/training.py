@@ -17,9 +17,9 @@ def _auto_or_whole(value: Any, info: ValidationInfo) -> Any:
 
 AutoOrWhole = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_whole)]
 TARGET_STEPS = 1000
-"""Number of steps that a network needs, which `training.batch_size: auto` aims at."""
+"""Number of steps that a network needs. `training.batch_size: auto` aims at this number."""
 MIN_AUTO_EPOCHS, MAX_AUTO_EPOCHS = 2, 20
-"""Minimum and maximum number of epochs under `training.epochs: auto`."""
+"""Minimum (without a warm start) and maximum number of epochs under `training.epochs: auto`."""
 
 
 class Training(Section):
@@ -58,13 +58,13 @@ class Training(Section):
     )
     epochs: AutoOrWhole = Field(
         "auto",
-        description="passes over the training rows. auto trains until an epoch improves the best validation by less "
-        "than 0.05%, at most 20 epochs. Learning rates then rise and fall in each epoch.",
+        description="passes over the training rows. auto stops after an epoch that improves the best validation by "
+        "less than 0.05%, or after 20 epochs. Under auto, learning rates rise and fall in each epoch.",
     )
     batch_size: AutoOrWhole = Field(
         "auto",
         description="rows per step, summed over ranks. auto takes the power of two from 64 to 4,096 that results in "
-        "about 1,000 steps in total, or in two epochs under `epochs: auto`.",
+        "about 1,000 steps in total (under `epochs: auto`, in two epochs).",
     )
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW on the dense part")
     table_learning_rate: float = Field(0.05, gt=0, description="peak learning rate of row-wise Adagrad on the tables")

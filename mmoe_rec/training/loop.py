@@ -191,7 +191,8 @@ class Trainer:
         self.optimizer = Optimizers(self.sharded, settings)
         self.result = TrainingResult(self.sharded.plan)
         self.total_steps = settings.max_epochs * self.reader.batches_per_epoch
-        # Learning rates rise and fall once per cycle (warm restarts: Loshchilov & Hutter, 2017).
+        # Learning rates rise and fall once per cycle. A cycle is an epoch under `epochs: auto` (warm restarts:
+        # Loshchilov & Hutter, 2017), else the whole run.
         self.cycle_steps = self.reader.batches_per_epoch if settings.epochs == "auto" else self.total_steps
         self.steps_to_validate = validation_steps(self.reader.batches_per_epoch, settings)
         if warm_start is not None or (resume is not None and resume.state.step == 0):
@@ -259,13 +260,13 @@ class Trainer:
         return sharded, precision_choice
 
     def announce(self) -> None:
-        """Print the precision, the backends and the number of steps."""
+        """Print the precision, the backends, and the number of steps of the run or of an epoch."""
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" * bool(self.threads)
         say(
             f"computing in {self.precision_choice}, matmul backend {self.matmul_backend}, "
             f"table backend {self.table_backend}{threads}"
         )
-        until = " in an epoch, until an epoch brings no better validation" * (self.cycle_steps < self.total_steps)
+        until = " per epoch, until an epoch no longer improves the validation" * (self.cycle_steps < self.total_steps)
         say(f"{self.cycle_steps:,} step{'s' * (self.cycle_steps != 1)} of {self.batch_size:,} rows{until}")
 
     def _choose(self, mixture: Mixture, before: PrecisionChoice | None) -> PrecisionChoice:
@@ -381,7 +382,7 @@ class Trainer:
     def _stops_early(self) -> bool:
         result, settings = self.result, self.settings
         if settings.epochs == "auto":
-            values = {step: each.objective(settings.monitor, self.layout) for step, each in result.history}
+            values = {step: past.objective(settings.monitor, self.layout) for step, past in result.history}
             stops = result.steps % self.cycle_steps == 0 and not has_improved(values, result.steps - self.cycle_steps)
         else:
             stops = sum(step > result.best_step for step, _ in result.history) >= settings.patience

@@ -217,8 +217,8 @@ def learning_rate_fraction(step: int, total: int, warmup_fraction: float) -> flo
     """Return the fraction of the peak learning rate: linear warmup, then a cosine to 1% (Loshchilov & Hutter, 2017).
 
     Args:
-        step: Number of completed steps.
-        total: Number of all steps.
+        step: Number of completed steps of the cycle. A cycle is an epoch under `epochs: auto`, else the run.
+        total: Number of steps of a cycle.
         warmup_fraction: Fraction of the steps in which the learning rate rises.
     """
     warmup = math.ceil(total * warmup_fraction)
@@ -244,15 +244,15 @@ def validation_steps(batches_per_epoch: int, settings: Training) -> set[int]:
 
 
 MIN_GAIN = 0.0005
-"""Relative gain of the monitored metric for which `training.epochs: auto` continues with another epoch."""
+"""Relative gain of the monitored metric above which `training.epochs: auto` adds another epoch."""
 
 
 def has_improved(values: Mapping[int, float], start: int) -> bool:
-    """Return whether validations after step `start` are better than all before, by more than `MIN_GAIN`.
+    """Return whether a validation after step `start` is better than all earlier ones, by more than `MIN_GAIN`.
 
     Args:
         values: Step -> value of the monitored metric. Higher values are better.
-        start: Last step to compare with. Without a validation until then, every validation is better.
+        start: Last step of the earlier validations. If there are none, the result is True.
     """
     before = [value for step, value in values.items() if step <= start]
     return not before or max(values.values()) - max(before) > MIN_GAIN * abs(max(before))
