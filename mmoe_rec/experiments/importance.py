@@ -5,7 +5,9 @@ random rows, which keeps their distribution and removes their information (Breim
 2019). User and context features are equal in all rows of a request, so they are permuted among whole requests.
 
 Permutation shows only how much one trained model uses a feature. Models that are trained without the selected features
-show how much the features are worth.
+show how much the features are worth. Neither shows the value of a comparison that no feature makes. So a feature of the
+user is `untested`, and not removable, if a feature of the candidate has the same IDs and no feature compares them. The
+same holds for that feature of the candidate.
 """
 
 import json
@@ -54,14 +56,19 @@ MAX_ROWS = 100_000
 """Approximate number of validation rows to permute. All rows of a sampled user are read."""
 TARGET_PERMUTED_ROWS, MAX_REPEATS = 200_000, 10
 """Intended number of permuted rows of a feature. The permutation is repeated at most `MAX_REPEATS` times for it."""
-
-
 MIN_SHARED_IDS = 5
-"""Number of common IDs from which two features are worth a comparison."""
+"""Minimum number of IDs that two features share if a comparison of them may help."""
 
 
 class FeatureVerdict(StrEnum):
-    """Whether a model needs a feature."""
+    """Whether a model needs a feature.
+
+    Attributes:
+        REMOVABLE: A model without this feature and all other removable features has a negligible loss.
+        UNTESTED: The loss is not significant, but the feature may help in a comparison that no feature makes.
+        USED: The loss is significant.
+        INCONCLUSIVE: The loss is not significant, but the rows can't rule out a loss above the margin.
+    """
 
     REMOVABLE = "removable"
     UNTESTED = "untested"
@@ -147,9 +154,8 @@ def permutation_importance(runner: Runner, network: Network, features: Sequence[
         margin: Largest loss of the objective that is negligible.
 
     Returns:
-        `objective`: name of the metric. `rows`: feature, loss and verdict, the smallest loss first. `joint`: features
-        to leave out together, without features that may be useful in a comparison that no feature makes. `notes`:
-        sentences for the report.
+        `objective`: name of the metric. `rows`: feature, loss and verdict, the smallest loss first. `joint`: removable
+        features, to leave out together. `notes`: sentences for the report.
 
     Raises:
         UserError: No task has enough labels.
@@ -198,12 +204,12 @@ def permutation_importance(runner: Runner, network: Network, features: Sequence[
         if name in pairs and verdict is FeatureVerdict.INCONCLUSIVE:
             verdict = FeatureVerdict.UNTESTED
         table.append((name, loss.format(), FeatureVerdict.REMOVABLE if name in names else verdict))
-    notes = ["no feature is a candidate to leave out: the model uses it, or the rows can't rule out a loss"]
+    notes = ["no feature is a candidate to leave out, for the reasons in the column `verdict`"]
     if names:
         notes = [f"candidates to leave out together: {', '.join(f'`{name}`' for name in names)}"]
     notes += [
-        f"`{name}` may be useful in comparison with `{other}`, which has the same IDs. Add a feature of kind `match` "
-        "for both columns before you leave one out"
+        f"`{name}` has the same IDs as `{other}`, but no feature compares them. Before you leave `{name}` out, add a "
+        "feature of kind `match` with both columns"
         for name, other in pairs.items()
         if (name, FeatureVerdict.UNTESTED) in {(row[0], row[2]) for row in table}
     ]
@@ -211,10 +217,10 @@ def permutation_importance(runner: Runner, network: Network, features: Sequence[
 
 
 def find_uncompared(pipeline: FeaturePipeline) -> dict[str, str]:
-    """Return feature of IDs -> feature on the other side with the same IDs, if no feature `match` compares the columns.
+    """Return ID features that no `match` compares with a feature of the same IDs, each with the name of that feature.
 
-    A feature of the user or context and a feature of the candidate have the same IDs if they share half of the smaller
-    vocabulary, and at least `MIN_SHARED_IDS`.
+    One feature belongs to the user or context, and the other to the candidate. They have the same IDs if they share at
+    least half of the smaller vocabulary, and at least `MIN_SHARED_IDS` IDs.
     """
     schema, vocabularies = pipeline.schema, pipeline.vocabularies
     compared = [set(feature.columns) for feature in schema.features.values() if isinstance(feature, MatchFeature)]
@@ -275,7 +281,10 @@ def choose_removable(
 
 
 def _find_dependents(layout: Layout, schema: Schema) -> dict[str, list[str]]:
-    """Return each feature that has an embedding table or is compared -> the other features that use it."""
+    """Return the features that can't be kept without another one, by the name of the feature that they need.
+
+    A feature needs the owner of its embedding table. A relative feature needs the counters that it compares.
+    """
     features = {ids.feature for ids in layout.ids}
     dependents = find_comparing(schema) | {ids.table: [] for ids in layout.ids if ids.table in features}
     for ids in layout.ids:
