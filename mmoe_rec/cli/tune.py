@@ -2,8 +2,9 @@
 mmoe-rec tune --config configs/complete_journey.yaml --trials 20
 
 Search for better settings under `tuning.search` of the settings (Optuna's tree-structured Parzen estimator). Without
-`tuning.search`, vary epochs, batch size, learning rates, weight decay, dropout, crosses and experts around the current
-values. The search stops trials that fall behind the median, and skips invalid combinations.
+`tuning.search`, vary batch size, learning rates, weight decay, dropout, crosses, experts and, unless
+`training.epochs` is auto, epochs around the current values. The search stops trials that fall behind the median, and
+skips invalid combinations.
 
 Validation rows are divided by user into selection and evaluation rows. A least-squares fit over the trials estimates
 the effect of each value. New runs on the selection rows choose between the best trial and the best values by the fit.
