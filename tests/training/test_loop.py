@@ -353,7 +353,7 @@ def test_learning_rates_rise_and_fall_in_each_epoch(
 ) -> None:
     scripted += [(0.6, 0), (0.7, 0), (0.69, 0), (0.72, 0), (0.7202, 0), (0.7, 0), (0.99, 0)]
     actual = trained(prepared, tmp_path / "best", epochs="auto", validations_per_epoch=2)
-    assert f"{STEPS} steps of 60 rows in an epoch, until" in capsys.readouterr().err
+    assert f"{STEPS} steps of 60 rows per epoch, until" in capsys.readouterr().err
     assert actual.result.stopped_early
     assert actual.result.steps == 3 * STEPS
     assert actual.result.best_step == 5 * STEPS // 2, "the best state is kept, though its gain was too small to go on"
