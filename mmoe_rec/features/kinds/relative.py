@@ -108,8 +108,8 @@ class RelativeEncoder(StatisticsEncoder):
     def __init__(self, name: str, feature: RelativeFeature, context: EncoderContext) -> None:
         super().__init__(name, feature, context)
         self.compared = (*feature.columns, *feature.counters)
-        outputs = [output for output in feature.outputs if output != "length"]
-        names = [f"{name}_{number}_{output}" for number in self.compared for output in outputs]
+        self._outputs = [output for output in feature.outputs if output != "length"]
+        names = [f"{name}_{number}_{output}" for number in self.compared for output in self._outputs]
         names += [f"{name}_length"] * ("length" in feature.outputs)
         self.numbers = {result: DenseNumber(result) for result in names}
 
@@ -128,15 +128,12 @@ class RelativeEncoder(StatisticsEncoder):
             numbers: Numbers that `numbers_to_compare` returned. They must have all rows of each request, in any order.
             requests: (N,) int64 code of each row's request. Codes start at 0.
         """
-        results: dict[str, np.ndarray] = {}
-        if "length" in self.feature.outputs:
-            results[f"{self.name}_length"] = np.log(np.bincount(requests)[requests]).astype(np.float32)
-        outputs = [output for output in self.feature.outputs if output != "length"]
+        results = {f"{self.name}_length": np.log(np.bincount(requests)[requests]).astype(np.float32)}
         # One call for several numbers is faster. To limit memory, a call with many rows compares fewer numbers.
         step = max(1, _ROWS_AT_ONCE // max(1, len(requests)))
         for start in range(0, len(self.compared), step):
             names = self.compared[start : start + step]
-            compared = _compare(np.stack([numbers[name] for name in names]), requests, outputs)
+            compared = _compare(np.stack([numbers[name] for name in names]), requests, self._outputs)
             for output, values in compared.items():
                 results |= {f"{self.name}_{name}_{output}": row for name, row in zip(names, values, strict=True)}
         return {name: results[name] for name in self.numbers}
