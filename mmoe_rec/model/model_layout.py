@@ -19,9 +19,10 @@ T = TypeVar("T", TableSpec, TaskOutput)
 
 @dataclass(frozen=True)
 class EmbeddingTable(TableSpec):
-    """Embedding table of `rows` x `dim` float32."""
+    """Embedding table of `rows` x `dim` float32. Its first rows after row 0 are buckets of unseen ids."""
 
     dim: int
+    oov_buckets: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,11 @@ class ModelLayout(Layout):
         tables, tasks = [], []
         for table in layout.tables:
             name = table.feature or table.name
-            dim = getattr(settings.features.get(name), "dim", None)
+            feature = settings.features.get(name)
+            dim = getattr(feature, "dim", None)
             if dim is None:
                 raise _unknown("feature", name)
-            tables.append(EmbeddingTable(**vars(table), dim=dim))
+            tables.append(EmbeddingTable(**vars(table), dim=dim, oov_buckets=getattr(feature, "oov_buckets", 0)))
         for task in layout.tasks:
             task_settings = settings.tasks.get(task.name)
             if task_settings is None:

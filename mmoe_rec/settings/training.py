@@ -92,6 +92,13 @@ class Training(Section):
         "none",
         description="correction for sampled logs. weights gives rows the weight 1 / `columns.sampling_rate`.",
     )
+    max_id_dropout: float = Field(
+        0.9,
+        ge=0,
+        le=1,
+        description="maximum fraction of training rows that hide the id of a feature, so that unseen ids get trained "
+        "embeddings. Training hides as many ids as validation rows have unseen ones. 0 hides none.",
+    )
     seed: int = Field(17, ge=0, description="seed of initial weights, shuffling and dropout")
     checkpoint_steps: int = Field(1000, ge=1, description="steps between checkpoints; one more after each validation")
     keep_checkpoints: int = Field(1, ge=1, description="recent checkpoints to keep, besides the best one")

@@ -31,6 +31,7 @@ from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import Checkpoint, CheckpointWriter, TrainingState, restore, step_folder
+from mmoe_rec.training.id_dropout import IdDropout
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.provenance import Provenance
 from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard, training_tables
@@ -182,6 +183,7 @@ class Trainer:
         self.batch_size = settings.resolve_batch_size(rows)
         self.reader = self._reader(prepared, "train", self.batch_size)
         self.validation_reader = self._reader(prepared, "validation", max(self.batch_size, 8192))
+        self.id_dropout = IdDropout.measure(prepared, layout, settings.max_id_dropout)
         self.position = self.reader.position(0)
         self.matmul_backend = choose_matmul_backend(settings.matmul_backend, device.type)
         self.table_backend = choose_table_backend(settings.table_backend, device.type, self.world_size)
@@ -266,6 +268,8 @@ class Trainer:
             f"computing in {self.precision_choice}, matmul backend {self.matmul_backend}, "
             f"table backend {self.table_backend}{threads}"
         )
+        if hidden := ", ".join(f"{name} {part:.0%}" for name, part in self.id_dropout.fractions.items()):
+            say(f"ids hidden in training, because later rows have unseen ids: {hidden}")
         until = " per epoch, until an epoch no longer improves the validation" * (self.cycle_steps < self.total_steps)
         say(f"{self.cycle_steps:,} step{'s' * (self.cycle_steps != 1)} of {self.batch_size:,} rows{until}")
 
@@ -306,7 +310,7 @@ class Trainer:
             self._validate(meter)
             if self.result.steps == 0:
                 self._save()
-        source = self._batches(self.reader, self.position, self.settings.max_epochs)
+        source = self._batches(self.reader, self.position, self.settings.max_epochs, self.id_dropout)
         with contextlib.closing(iter(source)) as batches:
             while not self.result.stopped_early and self.result.steps < self.total_steps:
                 until = min(step for step in self.steps_to_validate if step > self.result.steps)
@@ -324,10 +328,14 @@ class Trainer:
         if self.result.steps % STEPS_BETWEEN_LOGS:
             self._log(meter)
 
-    def _batches(self, reader: TrainingReader, start: Position, epochs: int) -> Prefetch[Batch]:
+    def _batches(
+        self, reader: TrainingReader, start: Position, epochs: int, dropout: IdDropout | None = None
+    ) -> Prefetch[Batch]:
         def make() -> Generator[Batch, None, None]:
             keyed_jagged = self.table_backend == "fbgemm"
             for rows, position in reader.resume(start, epochs):
+                if dropout is not None:
+                    dropout.hide(rows, position)
                 optional = (position, rows.weights, rows.row_numbers)
                 batch = make_batch(rows.encoded, self.layout, rows.labels, *optional, torchrec=keyed_jagged)
                 yield batch.pin_memory() if self.device.type == "cuda" else batch

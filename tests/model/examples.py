@@ -20,7 +20,7 @@ LAYOUT = ModelLayout(
         EmbeddingTable("t0", 40, 4),
         EmbeddingTable("t1", 90, 8),
         EmbeddingTable("item", 60, 16),
-        EmbeddingTable("city", 200, 8),
+        EmbeddingTable("city", 200, 8, oov_buckets=3),
         EmbeddingTable("ages", 9, 16),
         EmbeddingTable("t4", 30, 4),
     ),

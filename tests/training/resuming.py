@@ -72,6 +72,7 @@ def trainer(prepared: FeatureFolder, folder: Path, at: Watch | None, model: Mode
     first = Trainer(
         prepared, layout_of(prepared), model, settings, CPU, folder, lambda *_: None, resume=latest_checkpoint(folder)
     )
+    assert "city" in first.id_dropout.fractions, "hidden ids are among the random draws"
     step = first._step
 
     def watched(*arguments: object) -> bool | None:
