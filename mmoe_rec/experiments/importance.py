@@ -274,9 +274,8 @@ def choose_removable(
         (joint,) = holm_correct([measure_loss(names)])
         if is_negligible(joint, margin):
             break
-        names = names[
-            : len(names) - max(1, len(names) // 4)
-        ]  # Drop the quarter of candidates with the largest upper limits of loss.
+        # Drop the quarter of candidates with the largest upper limits of loss.
+        names = names[: len(names) - max(1, len(names) // 4)]
     return names
 
 

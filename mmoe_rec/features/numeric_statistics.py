@@ -20,8 +20,8 @@ _ROUNDING = 8 * np.finfo(np.float64).eps
 _DROPPED_BITS_KEY = b"dropped_bits"
 # Number of trailing bits of a float64 that a float32 lacks.
 _FLOAT32_DROPPED_BITS = 29
-# A frequent value has at least 8 rows. If there are too many values to count exactly, it also has 1 row in 1000.
-_MIN_FREQUENT_ROWS, _MAX_ROWS_PER_FREQUENT = 8, 1000
+# A frequent value has at least 100 rows. If there are too many values to count exactly, it also has 1 row in 1000.
+_MIN_FREQUENT_ROWS, _MAX_ROWS_PER_FREQUENT = 100, 1000
 
 
 def _float_keys(values: np.ndarray, dropped_bits: int) -> np.ndarray:

@@ -59,7 +59,8 @@ class Training(Section):
     epochs: AutoOrWhole = Field(
         "auto",
         description="passes over the training rows. auto stops after an epoch that improves the best validation by "
-        "less than 0.05%, or after 20 epochs. Under auto, learning rates rise and fall in each epoch.",
+        "less than 0.05%, or after 20 epochs. Under auto, learning rates rise and fall in each epoch. The best state "
+        "of all validations is kept in either case.",
     )
     batch_size: AutoOrWhole = Field(
         "auto",
@@ -73,9 +74,6 @@ class Training(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm at which the dense part's gradient is clipped")
     shuffle_buffer_rows: int = Field(262_144, ge=1, description="rows shuffled together, which limits memory")
     validations_per_epoch: int = Field(2, ge=1, description="validations per epoch")
-    patience: int = Field(
-        4, ge=1, description="validations without improvement before training stops, if `epochs` is a number"
-    )
     monitor: Literal["auc", "loss"] = Field(
         "auc",
         description="metric that selects the best checkpoint: mean AUC over the binary tasks with 50 validation rows "

@@ -310,7 +310,7 @@ class Trainer:
             self._validate(meter)
             if self.result.steps == 0:
                 self._save()
-        source = self._batches(self.reader, self.position, self.settings.max_epochs, self.id_dropout)
+        source = self._batches(self.reader, self.position, self.settings.max_epochs)
         with contextlib.closing(iter(source)) as batches:
             while not self.result.stopped_early and self.result.steps < self.total_steps:
                 until = min(step for step in self.steps_to_validate if step > self.result.steps)
@@ -328,14 +328,12 @@ class Trainer:
         if self.result.steps % STEPS_BETWEEN_LOGS:
             self._log(meter)
 
-    def _batches(
-        self, reader: TrainingReader, start: Position, epochs: int, dropout: IdDropout | None = None
-    ) -> Prefetch[Batch]:
+    def _batches(self, reader: TrainingReader, start: Position, epochs: int) -> Prefetch[Batch]:
         def make() -> Generator[Batch, None, None]:
             keyed_jagged = self.table_backend == "fbgemm"
             for rows, position in reader.resume(start, epochs):
-                if dropout is not None:
-                    dropout.hide(rows, position)
+                if reader is self.reader:
+                    self.id_dropout.hide(rows, position)
                 optional = (position, rows.weights, rows.row_numbers)
                 batch = make_batch(rows.encoded, self.layout, rows.labels, *optional, torchrec=keyed_jagged)
                 yield batch.pin_memory() if self.device.type == "cuda" else batch
@@ -388,13 +386,11 @@ class Trainer:
         result.stopped_early = self._stops_early()
 
     def _stops_early(self) -> bool:
-        result, settings = self.result, self.settings
-        if settings.epochs == "auto":
-            values = {step: past.objective(settings.monitor, self.layout) for step, past in result.history}
-            stops = result.steps % self.cycle_steps == 0 and not has_improved(values, result.steps - self.cycle_steps)
-        else:
-            stops = sum(step > result.best_step for step, _ in result.history) >= settings.patience
-        return stops and result.steps < self.total_steps
+        """Return whether the epoch that ends here has not improved the validation, under `epochs: auto`."""
+        steps, settings = self.result.steps, self.settings
+        values = {step: past.objective(settings.monitor, self.layout) for step, past in self.result.history}
+        is_end = settings.epochs == "auto" and steps % self.cycle_steps == 0 and steps < self.total_steps
+        return is_end and not has_improved(values, steps - self.cycle_steps)
 
     def _save(self) -> None:
         step, history, best_step = self.result.steps, tuple(self.result.history), self.result.best_step
