@@ -11,6 +11,8 @@ Event = tuple[Any, int, float]
 """What it is counted for, the moment from which it is known, and its label, or the item of a history."""
 Statistic = tuple[str, float | None]
 """An output of a counter and the days of its window; a recency has no window."""
+MIN_FREQUENT_ROWS = 8
+"""Rows that a value of a number needs for an embedding. Logs of these tests are too small for 100 rows of a value."""
 
 
 # Point in time
@@ -179,7 +181,9 @@ def encode(log: Log, training: Window) -> tuple[dict[str, list[list[int]]], dict
             ids[name] = [[rows_of[name][value]] for value in column]
         elif feature["kind"] == "numeric":
             if feature.get("values") == "auto":
-                frequent = vocabulary([x for x, trains in zip(column, is_training, strict=True) if trains], 8, 0)
+                frequent = vocabulary(
+                    [x for x, trains in zip(column, is_training, strict=True) if trains], MIN_FREQUENT_ROWS, 0
+                )
                 ids[f"{name}_value"] = [[frequent.get(value, 0)] for value in column]
             if feature.get("transform") == "log":
                 column = [None if x is None else math.copysign(math.log1p(abs(x)), x) for x in column]

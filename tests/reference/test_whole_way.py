@@ -8,7 +8,7 @@ import torch
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.evaluation.summary import summarize
 from mmoe_rec.evaluation.sums import MeasuredTask
-from mmoe_rec.features import kinds
+from mmoe_rec.features import kinds, numeric_statistics
 from mmoe_rec.log.rows import compute_labels
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.score import compute_log_scores, predictions, scores_from_log_scores
@@ -50,7 +50,8 @@ TASKS = (
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_log_becomes_the_same_features_losses_scores_and_metrics(seed: int) -> None:
+def test_a_log_becomes_the_same_features_losses_scores_and_metrics(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numeric_statistics, "_MIN_FREQUENT_ROWS", features.MIN_FREQUENT_ROWS)
     table, schema = random_log(seed, rows=100, strings=seed == 1), kinds.parse_schema(SETTINGS)
     frame = pa.table({**{name: table[name] for name in table.column_names}, "time": table["time"].cast(pa.int64())})
     log, rows = Log(SETTINGS, frame.to_pandas()), log_rows(table, schema)
