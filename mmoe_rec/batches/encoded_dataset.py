@@ -131,7 +131,7 @@ class EncodedDataset:
             raise UserError(f"There is no .parquet file of encoded rows in '{folder}'. {ADVICE}")
         self._metadata = []
         for file in self._files:
-            with _file_errors(file):
+            with file_errors(file):
                 self._metadata.append(pq.read_metadata(file))
         self.has_weights = "weight" in self._metadata[0].schema.to_arrow_schema().names
         inputs = [*(f"id.{key.name}" for key in layout.ids), *(f"dense.{number.name}" for number in layout.dense)]
@@ -203,14 +203,14 @@ class EncodedDataset:
 
     def _tables(self, batch_size: int, columns: list[str]) -> Iterator[pa.Table]:
         for index, file in enumerate(self._files):
-            with _file_errors(file), self._open(index) as parquet:
+            with file_errors(file), self._open(index) as parquet:
                 for batch in parquet.iter_batches(batch_size, columns=columns):
                     table = pa.Table.from_batches([batch])
                     yield table if self._part is None else table.filter(pa.array(self._is_kept(table)))
 
     def _read(self, group: tuple[int, int], columns: list[str]) -> pa.Table:
         file, number = group
-        with _file_errors(self._files[file]), self._open(file) as parquet:
+        with file_errors(self._files[file]), self._open(file) as parquet:
             # Use one thread. The reader decodes several groups at a time, and training steps need the other cores.
             return parquet.read_row_group(number, columns=columns, use_threads=False)
 
@@ -239,7 +239,7 @@ def row_weights(table: pa.Table) -> np.ndarray | None:
 
 
 @contextmanager
-def _file_errors(file: Path) -> Iterator[None]:
+def file_errors(file: Path) -> Iterator[None]:
     """Convert errors of Arrow and of the file system to a UserError with the name of the file."""
     try:
         yield

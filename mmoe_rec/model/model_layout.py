@@ -19,7 +19,7 @@ T = TypeVar("T", TableSpec, TaskOutput)
 
 @dataclass(frozen=True)
 class EmbeddingTable(TableSpec):
-    """Embedding table of `rows` x `dim` float32. Its first rows after row 0 are buckets of unseen ids."""
+    """Embedding table of `rows` x `dim` float32. Rows 1 to `oov_buckets` are buckets of unseen ids."""
 
     dim: int
     oov_buckets: int = 0

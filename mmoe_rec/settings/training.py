@@ -94,8 +94,8 @@ class Training(Section):
         0.9,
         ge=0,
         le=1,
-        description="maximum fraction of training rows that hide the id of a feature, so that unseen ids get trained "
-        "embeddings. Training hides as many ids as validation rows have unseen ones. 0 hides none.",
+        description="maximum fraction of training rows that hide the id of a feature. Training hides ids until as many "
+        "are unseen as in validation rows, so that the embeddings of unseen ids are trained. 0 hides none.",
     )
     seed: int = Field(17, ge=0, description="seed of initial weights, shuffling and dropout")
     checkpoint_steps: int = Field(1000, ge=1, description="steps between checkpoints; one more after each validation")

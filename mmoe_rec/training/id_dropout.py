@@ -1,8 +1,8 @@
 """Dropout of whole ids, so that unseen ids get trained embeddings (DropoutNet: Volkovs et al., 2017).
 
-A vocabulary comes from the training rows, so these have few unseen ids or none. Later rows have more, such as new
-users. Without dropout, the table rows of unseen ids keep their random initial values, and the network learns to rely on
-ids that later rows don't have.
+Training rows define the vocabularies, so they have few unseen ids or none. Later rows have more, such as new users.
+Without dropout, table rows of unseen ids keep their random initial values, and the network relies on ids that later
+rows don't have.
 """
 
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.dataset as pds
 
-from mmoe_rec.batches.encoded_dataset import LabeledRows
+from mmoe_rec.batches.encoded_dataset import LabeledRows, file_errors
 from mmoe_rec.batches.row_reader import Position
 from mmoe_rec.log.columns import splitmix64
 from mmoe_rec.model.model_layout import ModelLayout
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 
-# Smaller fractions change nothing.
+# Smaller fractions are left out, because they hardly change the model.
 _MIN_FRACTION = 0.005
 
 
@@ -41,10 +41,14 @@ class IdDropout:
         Args:
             prepared: Folder of the features.
             layout: Layout of the model.
-            maximum: Largest fraction of the rows that hide an id.
+            maximum: Largest fraction of the rows that hide an id. 0 reads no rows.
+
+        Raises:
+            UserError: A file can't be read.
         """
         tables = {column.name: layout.table(column.table) for column in layout.ids}
-        buckets = {name: tables[name].oov_buckets for name in layout.single_ids() if tables[name].oov_buckets}
+        names = layout.single_ids() if maximum else []
+        buckets = {name: tables[name].oov_buckets for name in names if tables[name].oov_buckets}
         train, validation = (_unseen_fractions(prepared.split(split), buckets) for split in ("train", "validation"))
         # With fractions t and v of unseen ids in training and validation rows, x must solve t + (1 - t) x = v.
         fractions = {name: min(maximum, (validation[name] - t) / (1 - t)) for name, t in train.items() if t < 1}
@@ -71,7 +75,12 @@ class IdDropout:
 
 def _unseen_fractions(folder: Path, buckets: Mapping[str, int]) -> dict[str, float]:
     """Return the fraction of the encoded rows in a `folder` with an unseen id, by input."""
-    rows = pds.dataset(sorted(folder.glob("*.parquet")))
-    fields = {name: (pds.field(f"id.{name}"), count) for name, count in buckets.items()}
-    counts = {name: rows.count_rows(filter=(ids >= 1) & (ids <= last)) for name, (ids, last) in fields.items()}
-    return {name: count / rows.count_rows() for name, count in counts.items()}
+    rows, unseen = 0, dict.fromkeys(buckets, 0)
+    for file in sorted(folder.glob("*.parquet")) if buckets else []:
+        with file_errors(file):
+            dataset = pds.dataset(file)
+            rows += dataset.count_rows()
+            for name, last in buckets.items():
+                ids = pds.field(f"id.{name}")
+                unseen[name] += dataset.count_rows(filter=(ids >= 1) & (ids <= last))
+    return {name: count / rows for name, count in unseen.items()}

@@ -11,6 +11,7 @@ from sklearn.metrics import log_loss
 
 from mmoe_rec.batches.encoded_dataset import LabeledRows
 from mmoe_rec.batches.row_reader import Position
+from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import DenseInput, EncodedInputs, IdInput
 from mmoe_rec.model.model_layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.point_in_time.arrays import Ragged
@@ -60,6 +61,18 @@ def test_training_rows_hide_as_many_ids_as_validation_rows_lack(
             pq.write_table(table, tmp_path / "encoded" / split / f"part-{part}.parquet", row_group_size=100)
     actual = IdDropout.measure(FeatureFolder(tmp_path), LAYOUT, maximum).fractions
     assert actual == ({} if expected is None else {"user": pytest.approx(expected)})
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        (tmp_path / "encoded" / split).mkdir(parents=True)
+        pq.write_table(
+            pa.table(columns_of(rows_with(np.arange(50)).encoded, LAYOUT)), tmp_path / "encoded" / split / "0.parquet"
+        )
+    file = tmp_path / "encoded" / "validation" / "0.parquet"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"validation/0\.parquet' cannot be read"):
+        IdDropout.measure(FeatureFolder(tmp_path), LAYOUT, 0.9)
 
 
 def test_each_row_is_drawn_by_itself() -> None:
